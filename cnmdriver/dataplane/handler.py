@@ -1,0 +1,81 @@
+"""
+What the handlers of operations share: their shape, and the bound on every wait.
+
+Each kind of operation has one handler. `apply` makes operations hold and appends to
+`undo` what would take its own changes back, before it makes them; `clear` treats what
+is gone as success; `found` reads the kernel.
+"""
+
+import asyncio
+import errno
+import os
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Protocol, TypeVar
+
+from cnmdriver.errors import KernelError
+from cnmdriver.plan.ops import Op, Plan
+
+T = TypeVar("T")
+OpT = TypeVar("OpT", bound=Op)
+
+BOUND = 2.0
+"""Seconds one operation of the kernel may take."""
+
+Undo = list[Callable[[], Awaitable[None]]]
+Step = Callable[[str], Awaitable[None]]
+
+
+async def nothing(_step: str) -> None:
+    """Do nothing: the step hook of those who need none."""
+
+
+class Handler(Protocol):
+    """Makes the operations of some types hold."""
+
+    together: bool
+    """Whether operations that follow each other are one operation of the kernel."""
+
+    async def apply(self, ops: Plan, undo: Undo) -> None:
+        """Make the operations hold, and note in `undo` how to take that back."""
+
+    async def clear(self, ops: Plan) -> None:
+        """Remove the objects; what is not there, or not ours, is left."""
+
+    async def found(self, wanted: Plan) -> Plan:
+        """Read what is ours; `wanted` names what cannot be told by a mark."""
+
+
+async def settled(work: Coroutine[None, None, T]) -> T:
+    """
+    Await work that a cancel must not interrupt: the cancel is raised when it ended.
+
+    The work bounds itself. Without this nobody could tell what half of it was done.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        if not task.cancelled():
+            task.exception()
+        raise
+
+
+def only(ops: Plan, kind: type[OpT]) -> tuple[OpT, ...]:
+    """Return the operations of one type."""
+    return tuple(op for op in ops if isinstance(op, kind))
+
+
+def refusal(what: str, code: int, text: str = "") -> KernelError:
+    """Word an errno: what was wanted, and what the kernel said."""
+    said = (text or os.strerror(code)).lower().rstrip(".")
+    name = errno.errorcode.get(code, str(code))
+    return KernelError(f"{what} failed: {said} ({name})")
+
+
+def too_slow(what: str) -> KernelError:
+    """Word an operation that did not end within the bound."""
+    return KernelError(
+        f"{what} failed: the kernel did not answer within {BOUND:g} s; "
+        "look for a process that holds its network locks"
+    )

@@ -1,0 +1,399 @@
+"""
+IpamDriver: pools and addresses, each taken by compare-and-swap in the store.
+
+What a request gives is *provisional* until a call that uses it binds it. In pools that
+a network of ours has claimed, provisional addresses lapse after a grace time; under
+another driver nothing ever binds them, so they are held until they are released.
+
+Requests can come again. One that names what it wants gets the same answer for as long
+as nothing was built on the first answer; after that it is a second wish for the same
+thing, and refused.
+"""
+
+import asyncio
+import re
+import secrets
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from cnmdriver.driver import claims
+from cnmdriver.driver.site import Site
+from cnmdriver.errors import Conflict, Exhausted, InvalidParameter, NotFound
+from cnmdriver.model import (
+    Block,
+    Endpoint,
+    IPAddress,
+    IPInterface,
+    IPNetwork,
+    Member,
+    Pool,
+    Reservation,
+    interface,
+)
+from cnmdriver.plan import pools
+from cnmdriver.plan.pools import PoolId, Range
+from cnmdriver.store import records
+from cnmdriver.store.view import Draft
+
+OPTIONS = ("pynet.network", "pynet.space")
+SPACE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolRequest:
+    """A RequestPool, read."""
+
+    space: str
+    pool: IPNetwork | None
+    sub: IPNetwork | None
+    network: str
+    version: int
+
+
+class IpamDriver:
+    """Gives out pools and addresses."""
+
+    def __init__(
+        self,
+        site: Site,
+        ranges: Iterable[Range],
+        remove_endpoint: Callable[[Endpoint], Awaitable[None]],
+    ) -> None:
+        """
+        Take the default pools, and what removes an endpoint.
+
+        The latter serves an address that Docker releases although its endpoint is
+        still there: the endpoint's own removal was lost.
+        """
+        self.site = site
+        self.ranges = tuple(ranges)
+        self.remove_endpoint = remove_endpoint
+        self.lock = asyncio.Lock()
+
+    async def request_pool(
+        self,
+        *,
+        space: str,
+        pool: IPNetwork | None,
+        sub_pool: IPNetwork | None,
+        options: Mapping[str, str],
+        version: int,
+    ) -> tuple[str, IPNetwork]:
+        """
+        Claim a pool, the one named or a free one of the defaults.
+
+        Raises Conflict if it overlaps what exists, Exhausted if no default is free.
+        """
+        request = read_request(space, pool, sub_pool, options, version)
+        routes = await self.site.dataplane.routes()
+        fresh = secrets.token_hex(6)
+
+        def decide(draft: Draft) -> PoolId:
+            if request.network:
+                found = self.of_network(draft, request)
+            elif request.pool is not None:
+                found = self.named(draft, request.space, request.pool, routes, fresh)
+            else:
+                found = self.automatic(draft, request, routes, fresh)
+            identity = PoolId(space=found.space, pool=found.cidr, sub=request.sub)
+            self.claim(draft, found, str(identity))
+            return identity
+
+        async with self.lock:
+            identity = await self.site.state.commit(decide)
+        return str(identity), identity.pool
+
+    def of_network(self, draft: Draft, request: PoolRequest) -> Pool:
+        """Find the pool of a network the user named, in the wanted family."""
+        for pool in claims.pools_of(draft, request.network):
+            if pool.cidr.version == request.version:
+                return pool
+        raise NotFound(
+            f"network {request.network} has no IPv{request.version} pool; "
+            "pynet network ls shows the networks there are"
+        )
+
+    def named(
+        self,
+        draft: Draft,
+        space: str,
+        cidr: IPNetwork,
+        routes: Iterable[tuple[IPNetwork, str]],
+        fresh: str,
+    ) -> Pool:
+        """Find or make the pool a user named."""
+        pool = draft.get(Pool, records.pool(space, cidr))
+        if pool is not None:
+            self.check_repeat(draft, pool)
+            return pool
+        others = claims.taken(draft, space)
+        blocker = pools.overlapping(cidr, others)
+        if blocker is not None:
+            name = self.site.name(self.docker_id(draft, others[blocker]))
+            raise Conflict(
+                f"pool {cidr} overlaps {blocker} of network {name}; choose another "
+                "--subnet or remove that network"
+            )
+        for route, device in routes:
+            if pools.overlap(cidr, route):
+                raise Conflict(
+                    f"pool {cidr} overlaps this host's route {route} dev {device}; "
+                    "choose another --subnet"
+                )
+        return self.make(draft, space, cidr, fresh)
+
+    def docker_id(self, draft: Draft, network: str) -> str:
+        """Return what Docker calls a network here, or its own id."""
+        member = draft.get(Member, records.member(network, self.site.host.id))
+        return member.docker_id if member and member.docker_id else network
+
+    def check_repeat(self, draft: Draft, pool: Pool) -> None:
+        """Raise Conflict if this host built on the pool already."""
+        host = self.site.host.id
+        member = draft.get(Member, records.member(pool.network, host))
+        if member is None:
+            return
+        used = any(r.host == host for r in claims.reservation(draft, pool))
+        if member.docker_id or used:
+            name = self.site.name(member.docker_id or member.network)
+            raise Conflict(
+                f"pool {pool.cidr} is in use on this host by network {name}; "
+                "choose another --subnet or remove that network"
+            )
+
+    def automatic(
+        self,
+        draft: Draft,
+        request: PoolRequest,
+        routes: Iterable[tuple[IPNetwork, str]],
+        fresh: str,
+    ) -> Pool:
+        """Make a pool from the defaults."""
+        taken = [*claims.taken(draft), *(route for route, _ in routes)]
+        cidr = pools.free_pool(self.ranges, request.version, taken)
+        if cidr is None:
+            ranges = [
+                str(r.base) for r in self.ranges if r.base.version == request.version
+            ]
+            raise Exhausted(
+                f"no IPv{request.version} pool is free in {', '.join(ranges) or 'none'}; "
+                "remove a network, name one with --subnet, or set default_pools"
+            )
+        return self.make(draft, request.space, cidr, fresh)
+
+    def make(self, draft: Draft, space: str, cidr: IPNetwork, network: str) -> Pool:
+        """Write a new pool, which mints its network's id."""
+        pool = Pool(space=space, cidr=cidr, network=network)
+        draft.put(records.pool(space, cidr), pool)
+        return pool
+
+    def claim(self, draft: Draft, pool: Pool, identity: str) -> None:
+        """Write this host's claim; a repeated one counts once."""
+        key = records.member(pool.network, self.site.host.id)
+        member = draft.get(Member, key) or Member(
+            network=pool.network, host=self.site.host.id
+        )
+        if identity not in member.claims:
+            claims.touch(draft, [pool.space])
+            draft.put(key, replace(member, claims=(*member.claims, identity)))
+
+    async def release_pool(self, pool_id: str) -> None:
+        """Give a claim back; what is not claimed is given back already."""
+        pools.parse_id(pool_id)
+
+        def decide(draft: Draft) -> None:
+            for member in draft.all(Member, "members/"):
+                if member.host == self.site.host.id and pool_id in member.claims:
+                    left = tuple(c for c in member.claims if c != pool_id)
+                    self.unclaim(draft, replace(member, claims=left))
+
+        async with self.lock:
+            await self.site.state.remove(decide)
+
+    def unclaim(self, draft: Draft, member: Member) -> None:
+        """Write what is left of a member, and drop what nobody claims."""
+        key = records.member(member.network, member.host)
+        if member.claims or member.docker_id:
+            draft.put(key, member)
+        else:
+            draft.delete(key)
+        claims.prune(draft, member.network)
+
+    async def request_address(
+        self, pool_id: str, *, address: IPAddress | None, gateway: bool, name: str
+    ) -> IPInterface:
+        """
+        Take an address, the one named or the lowest free one.
+
+        Raises NotFound for a pool that is not claimed here, Conflict with the owner's
+        name, Exhausted with the pool's name and counts.
+        """
+        identity = pools.parse_id(pool_id)
+        if address is not None:
+            pools.check_address(identity.pool, address)
+
+        def decide(draft: Draft) -> IPAddress:
+            pool = self.claimed_pool(draft, identity, pool_id)
+            wish = Reservation(
+                space=pool.space,
+                cidr=pool.cidr,
+                ip=address or identity.pool.network_address,
+                host=self.site.host.id,
+                name=name,
+                gateway=gateway,
+            )
+            if address is None:
+                wish = self.choose(draft, pool, identity, wish)
+            self.take(draft, pool, wish)
+            return wish.ip
+
+        async with self.lock:
+            chosen = await self.site.state.commit(decide)
+        return interface(chosen, identity.pool)
+
+    def claimed_pool(self, draft: Draft, identity: PoolId, pool_id: str) -> Pool:
+        """Return the pool, if this host has claimed it."""
+        pool = draft.get(Pool, records.pool(identity.space, identity.pool))
+        if pool is not None:
+            key = records.member(pool.network, self.site.host.id)
+            member = draft.get(Member, key)
+            if member is not None and pool_id in member.claims:
+                return pool
+        raise NotFound(
+            f"pool {pool_id} is not in use on this host; remove its network with "
+            "docker network rm and create it again"
+        )
+
+    def choose(
+        self, draft: Draft, pool: Pool, identity: PoolId, wish: Reservation
+    ) -> Reservation:
+        """Find the lowest free address in a block that no other host has."""
+        held = claims.reservation(draft, pool)
+        if wish.gateway:
+            again = next((r for r in held if r.gateway and not r.bound), None)
+            if again is not None:
+                return replace(wish, ip=again.ip)
+        numbers = {int(r.ip) for r in held}
+        for ip in pools.candidates(pool.cidr, identity.sub, numbers):
+            if self.owner(draft, pool, ip) in ("", wish.host):
+                return replace(wish, ip=ip)
+        size = pools.capacity(identity.sub or pool.cidr)
+        raise Exhausted(
+            f"pool {identity.sub or pool.cidr} has no free address: {len(held)} taken "
+            f"of {size}; remove containers, or use a larger --subnet"
+        )
+
+    def owner(self, draft: Draft, pool: Pool, ip: IPAddress) -> str:
+        """Return the host that has the block of an address, "" for nobody."""
+        part = pools.block(pool.cidr, ip)
+        block = draft.view.get(Block, records.block(pool.space, pool.cidr, part))
+        return block.host if block is not None else ""
+
+    def take(self, draft: Draft, pool: Pool, wish: Reservation) -> None:
+        """Write a reservation; it must not be another's, nor its block."""
+        part = pools.block(pool.cidr, wish.ip)
+        block = draft.get(Block, records.block(pool.space, pool.cidr, part))
+        if block is not None and block.host != wish.host:
+            raise Conflict(
+                f"address {wish.ip} lies in block {part}, whose addresses host "
+                f"{block.host[:8]} gives out; choose another address"
+            )
+        key = records.address(pool.space, pool.cidr, wish.ip)
+        held = draft.get(Reservation, key)
+        if held is None:
+            draft.put(key, wish)
+        elif not same_wish(held, wish, pool):
+            raise Conflict(
+                f"address {wish.ip} of pool {pool.cidr} is taken by {self.who(held)}; "
+                "choose another or remove that container"
+            )
+
+    def who(self, held: Reservation) -> str:
+        """Name the owner of an address."""
+        host = "" if held.host == self.site.host.id else f" on host {held.host[:8]}"
+        if held.gateway:
+            return f"the network's gateway{host}"
+        if held.endpoint:
+            return f"{held.name or self.site.name(held.endpoint)}{host}"
+        return f"{held.name or 'a reservation of docker network create'}{host}"
+
+    async def release_address(self, pool_id: str, address: IPAddress) -> None:
+        """Give an address back; another host's or a free one is left as it is."""
+        identity = pools.parse_id(pool_id)
+        key = records.address(identity.space, identity.pool, address)
+        held = self.site.view.get(Reservation, key)
+        if held is None or held.host != self.site.host.id:
+            return
+        endpoint = self.holder(held)
+        if endpoint is not None:
+            await self.remove_endpoint(endpoint)
+
+        def decide(draft: Draft) -> None:
+            again = draft.get(Reservation, key)
+            if again is not None and again.host == self.site.host.id:
+                draft.delete(key)
+
+        await self.site.state.remove(decide)
+
+    def holder(self, held: Reservation) -> Endpoint | None:
+        """Return the endpoint that still has the address."""
+        if not held.endpoint:
+            return None
+        pool = self.site.view.get(Pool, records.pool(held.space, held.cidr))
+        if pool is None:
+            return None
+        key = records.endpoint(pool.network, held.endpoint)
+        return self.site.view.get(Endpoint, key)
+
+
+def same_wish(held: Reservation, wish: Reservation, pool: Pool) -> bool:
+    """
+    Tell whether a wish for a held address is the one that took it, come again.
+
+    Under another driver nothing is ever bound; there only Docker's name for the
+    container, or the gateway's role, can show that it is the same.
+    """
+    if held.host != wish.host or held.bound or held.gateway != wish.gateway:
+        return False
+    same_name = bool(held.name) and held.name == wish.name
+    return held.gateway or same_name or pool.claimed
+
+
+def read_request(
+    space: str,
+    pool: IPNetwork | None,
+    sub: IPNetwork | None,
+    options: Mapping[str, str],
+    version: int,
+) -> PoolRequest:
+    """Check a RequestPool and its `--ipam-opt`; raises InvalidParameter."""
+    for key in options:
+        if key not in OPTIONS and (key.startswith("pynet.") or "." not in key):
+            raise InvalidParameter(
+                f"unknown --ipam-opt {key!r}: known are {', '.join(OPTIONS)}"
+            )
+    if pool is None and sub is not None:
+        raise InvalidParameter(f"--ip-range {sub} needs a --subnet that holds it")
+    if pool is not None and sub is not None and not inside(sub, pool):
+        raise InvalidParameter(f"--ip-range {sub} is not inside --subnet {pool}")
+    name = options.get("pynet.space", space)
+    if not SPACE.fullmatch(name):
+        raise InvalidParameter(
+            f"address space {name[:80]!r}: give 1 to 64 letters, digits, _ . or -"
+        )
+    return PoolRequest(
+        space=name,
+        pool=pool,
+        sub=sub,
+        network="" if pool is not None else options.get("pynet.network", ""),
+        version=version,
+    )
+
+
+def inside(part: IPNetwork, whole: IPNetwork) -> bool:
+    """Tell whether a network is a part of another."""
+    return (
+        part.version == whole.version
+        and part.prefixlen >= whole.prefixlen
+        and part.network_address in whole
+    )

@@ -1,0 +1,640 @@
+"""
+NetworkDriver: Docker's calls about networks, endpoints and published ports.
+
+Each call decides on the view, commits, and then makes this host's kernel hold the plan
+of that one object. If the kernel refuses, the commit is taken back before the error is
+answered, as Docker forgets what failed. Removing goes the other way round: the record
+first, then the kernel, and whatever is left there is the next audit's.
+
+Docker repeats calls: the same again gets the same answer, the same with other content
+is a Conflict, and removing what is gone is a success.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from ipaddress import IPv4Address, IPv4Interface, IPv6Address, IPv6Interface
+from weakref import WeakValueDictionary
+
+import structlog
+
+from cnmdriver.driver import claims
+from cnmdriver.driver.site import Site
+from cnmdriver.errors import (
+    Conflict,
+    DriverError,
+    Exhausted,
+    InvalidParameter,
+    KernelError,
+    NotFound,
+)
+from cnmdriver.model import (
+    Attachment,
+    Endpoint,
+    IPAddress,
+    IPInterface,
+    Member,
+    Network,
+    Pool,
+    PortRequest,
+    Published,
+    Reservation,
+    Subnet,
+)
+from cnmdriver.plan import bridge, devices, firewall, options, pools
+from cnmdriver.plan.modes import MODES
+from cnmdriver.plan.ops import Plan
+from cnmdriver.store import records
+from cnmdriver.store.view import Draft
+
+EPHEMERAL = range(49153, 65536)
+"""Host ports pynet chooses from: IANA's dynamic ports, as Docker's own drivers do."""
+TRIES = 128
+"""Host ports that are tried before a free one is given up."""
+
+log = structlog.get_logger()
+
+
+class NetworkDriver:
+    """Creates networks and endpoints on this host."""
+
+    def __init__(self, site: Site, *, mode: str = "bridge") -> None:
+        """Take the site, and the mode of networks that do not say theirs."""
+        self.site = site
+        self.mode = mode
+        self.locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self.told: set[str] = set()
+
+    @asynccontextmanager
+    async def locked(self, docker_id: str) -> AsyncIterator[None]:
+        """Let one call at a time work on a network."""
+        lock = self.locks.setdefault(docker_id, asyncio.Lock())
+        async with lock:
+            yield
+
+    # Networks.
+
+    async def create(
+        self,
+        docker_id: str,
+        *,
+        subnets: tuple[Subnet, ...],
+        options: Mapping[str, str],
+        internal: bool,
+    ) -> None:
+        """
+        Create a network here.
+
+        Raises InvalidParameter for its options, Conflict if a subnet, a bridge name or
+        the id is in use, KernelError if the kernel cannot hold it.
+        """
+        wanted = self.read(docker_id, subnets, options, internal=internal)
+        async with self.locked(docker_id):
+            member, before = await self.site.state.commit(
+                lambda draft: self.join_network(draft, *wanted)
+            )
+            try:
+                await self.site.dataplane.apply(self.site.network_plan(member))
+            except DriverError:
+                if before is None:
+                    await self.site.state.remove(
+                        lambda draft: self.leave_network(draft, member)
+                    )
+                raise
+
+    def read(
+        self,
+        docker_id: str,
+        subnets: tuple[Subnet, ...],
+        given: Mapping[str, str],
+        *,
+        internal: bool,
+    ) -> tuple[Network, Member]:
+        """Turn a request into records; raises InvalidParameter."""
+        chosen = options.parse(given)
+        for key in chosen.unknown:
+            if key not in self.told:
+                self.told.add(key)
+                log.info("network.option_unused", option=key)
+        real = tuple(s for s in subnets if s.pool.prefixlen)
+        mtu = chosen.mtu or MODES[chosen.mode or self.mode].MTU
+        if mtu < 1280 and any(s.pool.version == 6 for s in real):
+            raise InvalidParameter(f"MTU {mtu} is below IPv6's least, 1280 (RFC 8200)")
+        network = Network(
+            id=docker_id,
+            mode=chosen.mode or self.mode,
+            subnets=real,
+            mtu=mtu,
+            internal=internal,
+            icc=chosen.icc,
+            masquerade=chosen.masquerade,
+            gateway=chosen.gateway,
+        )
+        member = Member(
+            network=docker_id,
+            host=self.site.host.id,
+            docker_id=docker_id,
+            bridge=chosen.bridge or devices.bridge(docker_id),
+            host_binding=chosen.host_binding,
+            prefix=chosen.prefix,
+            options=tuple(sorted(given.items())),
+        )
+        return network, member
+
+    def join_network(
+        self, draft: Draft, network: Network, member: Member
+    ) -> tuple[Member, Member | None]:
+        """Write a network and this host's part; also return the part there was."""
+        known = next(
+            (m for m in self.site.members() if m.docker_id == member.docker_id), None
+        )
+        if known is not None:
+            network, member = self.renamed(network, member, known.network)
+            before = draft.get(Network, records.network(network.id))
+            if before != network or replace(known, claims=()) != member:
+                raise Conflict(
+                    f"network {self.site.name(member.docker_id)} exists here with "
+                    "other settings; remove it first"
+                )
+            return known, known
+        identity = self.identity(draft, network)
+        network, member = self.renamed(network, member, identity)
+        self.check_room(draft, network, member)
+        member = self.bind_pools(draft, network, member)
+        draft.put(records.network(network.id), network)
+        draft.put(records.member(network.id, member.host), member)
+        return member, None
+
+    def renamed(
+        self, network: Network, member: Member, identity: str
+    ) -> tuple[Network, Member]:
+        """Give a network and its member the id that all hosts know it by."""
+        named = member.bridge != devices.bridge(member.docker_id)
+        bridge_name = member.bridge if named else devices.bridge(identity)
+        return (
+            replace(network, id=identity),
+            replace(member, network=identity, bridge=bridge_name),
+        )
+
+    def own_pools(self, draft: Draft, network: Network) -> Iterator[Pool]:
+        """Yield the pools Docker has from us for a network, lowest IPv4 pool first."""
+        for subnet in sorted(
+            network.subnets, key=lambda s: (s.pool.version, s.pool.network_address)
+        ):
+            for pool in draft.all(Pool, "pools/"):
+                key = records.member(pool.network, self.site.host.id)
+                member = draft.view.get(Member, key)
+                free = member is not None and not member.docker_id
+                if pool.cidr == subnet.pool and free:
+                    yield pool
+
+    def identity(self, draft: Draft, network: Network) -> str:
+        """Return the id minted with the network's pool, or Docker's if it has none."""
+        pool = next(self.own_pools(draft, network), None)
+        return network.id if pool is None else pool.network
+
+    def check_room(self, draft: Draft, network: Network, member: Member) -> None:
+        """Raise Conflict if a subnet or the bridge's name is another network's."""
+        mine = {pool.network for pool in self.own_pools(draft, network)}
+        for other in self.site.members():
+            theirs = self.site.view.get(Network, records.network(other.network))
+            name = self.site.name(other.docker_id)
+            if other.bridge == member.bridge:
+                raise Conflict(
+                    f"bridge name {member.bridge} is network {name}'s; choose another"
+                )
+            for subnet in network.subnets:
+                nets = [s.pool for s in theirs.subnets] if theirs else []
+                clash = pools.overlapping(subnet.pool, nets)
+                if clash is not None and other.network not in mine:
+                    raise Conflict(
+                        f"subnet {subnet.pool} overlaps {clash} of network {name}; "
+                        "choose another --subnet or remove that network"
+                    )
+
+    def bind_pools(self, draft: Draft, network: Network, member: Member) -> Member:
+        """Claim the network's pools for it, bind its addresses, gather the claims."""
+        held: list[str] = []
+        for pool in list(self.own_pools(draft, network)):
+            key = records.member(pool.network, member.host)
+            claimer = draft.get(Member, key)
+            if claimer is not None:
+                held += [c for c in claimer.claims if claims.covers(c, pool)]
+                self.hand_over(draft, claimer, pool, network)
+            bound = replace(pool, network=network.id, claimed=True)
+            draft.put(records.pool(pool.space, pool.cidr), bound)
+            for taken in claims.reservation(draft, pool):
+                if taken.host == member.host:
+                    place = records.address(pool.space, pool.cidr, taken.ip)
+                    draft.put(place, replace(taken, bound=True))
+        known = draft.get(Member, records.member(network.id, member.host))
+        rest = known.claims if known is not None else ()
+        return replace(member, claims=tuple(dict.fromkeys((*held, *rest))))
+
+    def hand_over(
+        self, draft: Draft, claimer: Member, pool: Pool, network: Network
+    ) -> None:
+        """Take a pool's claims from the provisional network they were made for."""
+        if claimer.network == network.id:
+            return
+        left = tuple(c for c in claimer.claims if not claims.covers(c, pool))
+        key = records.member(claimer.network, claimer.host)
+        if left:
+            draft.put(key, replace(claimer, claims=left))
+        else:
+            draft.delete(key)
+
+    async def delete(self, docker_id: str) -> None:
+        """Remove a network from this host, with whatever is still attached."""
+        async with self.locked(docker_id):
+            member = next(
+                (m for m in self.site.members() if m.docker_id == docker_id), None
+            )
+            if member is None:
+                return
+            for endpoint in self.site.endpoints(member.network):
+                await self.remove(endpoint)
+            plan = self.site.network_plan(member)
+            await self.site.state.remove(
+                lambda draft: self.leave_network(draft, member)
+            )
+            await self.clear(self.site.own(plan))
+
+    def leave_network(self, draft: Draft, member: Member) -> None:
+        """Delete this host's part in a network, and the network with its last part."""
+        draft.delete(records.member(member.network, member.host))
+        claims.prune(draft, member.network)
+
+    # Endpoints.
+
+    async def create_endpoint(
+        self,
+        docker_id: str,
+        endpoint_id: str,
+        *,
+        ipv4: IPv4Interface | None,
+        ipv6: IPv6Interface | None,
+        mac: str,
+    ) -> str:
+        """
+        Take a place in a network; the kernel hears of it when the sandbox joins.
+
+        Returns the MAC Docker shall set, "" if Docker chose it. Raises Conflict if an
+        address or the MAC is another endpoint's.
+        """
+        async with self.locked(docker_id):
+            member = self.site.member(docker_id)
+            network = self.site.network(member)
+            given = tuple(a for a in (ipv4, ipv6) if a is not None)
+            endpoint = Endpoint(
+                network=network.id,
+                id=endpoint_id,
+                host=self.site.host.id,
+                boot=self.site.boot,
+                mac=mac.lower() or devices.endpoint_mac(given, endpoint_id),
+                user_mac=bool(mac),
+                ipv4=ipv4,
+                ipv6=ipv6,
+            )
+            await self.site.state.commit(
+                lambda draft: self.take_place(draft, network, endpoint)
+            )
+            return "" if mac else endpoint.mac
+
+    def take_place(self, draft: Draft, network: Network, endpoint: Endpoint) -> None:
+        """Write an endpoint and bind its addresses."""
+        key = records.endpoint(network.id, endpoint.id)
+        known = draft.get(Endpoint, key)
+        if known is not None:
+            same = replace(known, sandbox="", published=(), boot=endpoint.boot)
+            if same != endpoint:
+                raise Conflict(
+                    f"endpoint {endpoint.id[:12]} exists with other addresses"
+                )
+            return
+        for other in draft.all(Endpoint, f"endpoints/{network.id}/"):
+            self.check_distinct(endpoint, other)
+        for address in endpoint.addresses:
+            self.bind_address(draft, network, endpoint, address)
+        draft.put(key, endpoint)
+
+    def check_distinct(self, endpoint: Endpoint, other: Endpoint) -> None:
+        """Raise Conflict if two endpoints of a network share an address or MAC."""
+        for mine in endpoint.addresses:
+            if mine.ip in [theirs.ip for theirs in other.addresses]:
+                raise Conflict(
+                    f"address {mine.ip} is taken by {self.site.name(other.id)}; "
+                    "choose another"
+                )
+        if endpoint.mac == other.mac:
+            raise Conflict(
+                f"MAC {endpoint.mac} is taken by {self.site.name(other.id)}; "
+                "choose another --mac-address"
+            )
+
+    def bind_address(
+        self,
+        draft: Draft,
+        network: Network,
+        endpoint: Endpoint,
+        address: IPInterface,
+    ) -> None:
+        """Check an address, and bind its reservation where the pool is ours."""
+        subnet = network.subnet_of(address.ip)
+        if subnet is None or subnet.pool.prefixlen != address.network.prefixlen:
+            raise InvalidParameter(f"address {address} is in no subnet of the network")
+        if address.ip == subnet.gateway:
+            raise Conflict(f"address {address.ip} is the network's gateway")
+        pool = draft.get(Pool, records.pool(subnet.space, subnet.pool))
+        if pool is None or pool.network != network.id:
+            return
+        key = records.address(pool.space, pool.cidr, address.ip)
+        held = draft.get(Reservation, key)
+        if held is not None and held.endpoint not in ("", endpoint.id):
+            raise Conflict(
+                f"address {address.ip} is taken by "
+                f"{held.name or self.site.name(held.endpoint)}; choose another"
+            )
+        fresh = held or Reservation(
+            space=pool.space, cidr=pool.cidr, ip=address.ip, host=endpoint.host
+        )
+        draft.put(key, replace(fresh, bound=True, endpoint=endpoint.id))
+
+    async def delete_endpoint(self, docker_id: str, endpoint_id: str) -> None:
+        """Remove an endpoint; Docker may skip Leave and Revoke before."""
+        async with self.locked(docker_id):
+            endpoint = self.find(docker_id, endpoint_id)
+            if endpoint is not None:
+                await self.remove(endpoint)
+
+    async def remove(self, endpoint: Endpoint) -> None:
+        """Delete an endpoint's record, then what the kernel has of it."""
+        plan = self.site.endpoint_plan(endpoint)
+
+        def decide(draft: Draft) -> None:
+            draft.delete(records.endpoint(endpoint.network, endpoint.id))
+            for pool in claims.pools_of(draft, endpoint.network):
+                for address in endpoint.addresses:
+                    key = records.address(pool.space, pool.cidr, address.ip)
+                    held = draft.get(Reservation, key)
+                    if held is not None and held.endpoint == endpoint.id:
+                        loose = replace(held, bound=False, endpoint="")
+                        draft.put(key, loose)
+
+        await self.site.state.remove(decide)
+        await self.clear(plan)
+
+    def find(self, docker_id: str, endpoint_id: str) -> Endpoint | None:
+        """Return an endpoint of this host, None if there is none."""
+        for member in self.site.members():
+            if member.docker_id == docker_id:
+                key = records.endpoint(member.network, endpoint_id)
+                found = self.site.view.get(Endpoint, key)
+                return found if found and found.host == self.site.host.id else None
+        return None
+
+    def known(self, docker_id: str, endpoint_id: str) -> Endpoint:
+        """Return an endpoint of this host; raises NotFound."""
+        endpoint = self.find(docker_id, endpoint_id)
+        if endpoint is None:
+            raise NotFound(
+                f"endpoint {endpoint_id[:12]} is not known on network "
+                f"{self.site.name(docker_id)}; disconnect the container and connect it"
+            )
+        return endpoint
+
+    async def clear(self, plan: Plan) -> None:
+        """Take a plan out of the kernel; what is left is the next audit's."""
+        try:
+            await self.site.dataplane.clear(plan)
+        except KernelError as error:
+            log.warning("kernel.not_cleared", error=str(error))
+
+    # Sandboxes.
+
+    async def join(self, docker_id: str, endpoint_id: str, sandbox: str) -> Attachment:
+        """Make the device that Docker moves into the sandbox."""
+        async with self.locked(docker_id):
+            before = self.known(docker_id, endpoint_id)
+            member = self.site.member(docker_id)
+            network = self.site.network(member)
+            endpoint = replace(before, sandbox=sandbox, boot=self.site.boot)
+            await self.put(endpoint)
+            try:
+                await self.site.dataplane.apply(self.site.endpoint_plan(endpoint))
+            except DriverError:
+                await self.put(before)
+                raise
+            return attachment(network, member, endpoint)
+
+    async def put(self, endpoint: Endpoint) -> None:
+        """Write this host's own endpoint."""
+        key = records.endpoint(endpoint.network, endpoint.id)
+        await self.site.state.commit(lambda draft: draft.put(key, endpoint))
+
+    async def leave(self, docker_id: str, endpoint_id: str) -> None:
+        """
+        Let a sandbox go.
+
+        Its device stays until the endpoint is deleted: Docker still moves it back.
+        """
+        await self.revoke(docker_id, endpoint_id)
+
+    async def info(self, docker_id: str, endpoint_id: str) -> None:
+        """Raise NotFound for an unknown endpoint; Docker shows nothing of the rest."""
+        self.known(docker_id, endpoint_id)
+
+    # Published ports.
+
+    async def program(
+        self,
+        docker_id: str,
+        endpoint_id: str,
+        *,
+        ports: tuple[PortRequest, ...],
+        ipv6: bool,
+    ) -> None:
+        """
+        Publish ports, all or none; what was published before and is not asked goes.
+
+        Raises Conflict with the program that has a port, Exhausted if none of a range
+        is free.
+        """
+        async with self.locked(docker_id):
+            before = self.known(docker_id, endpoint_id)
+            member = self.site.member(docker_id)
+            if firewall.closed(self.site.network(member)):
+                return
+            wishes = [bound_to(member.host_binding, wish, ipv6) for wish in ports]
+            endpoint = replace(before, published=())
+            try:
+                for wish in wishes:
+                    port = await self.hold(before, endpoint, wish)
+                    published = (*endpoint.published, port)
+                    endpoint = replace(endpoint, published=published)
+                await self.publish(before, endpoint)
+            except DriverError:
+                await self.publish(endpoint, before)
+                raise
+
+    async def hold(
+        self, before: Endpoint, endpoint: Endpoint, wish: PortRequest
+    ) -> Published:
+        """Find a host port for a wish and hold it."""
+        kept = next((p for p in before.published if fits(p, wish)), None)
+        if kept is not None and kept not in endpoint.published:
+            return kept
+        taken = {
+            (p.protocol, p.host_port)
+            for member in self.site.members()
+            for other in self.site.endpoints(member.network)
+            for p in other.published
+            if other.id != endpoint.id
+        } | {(p.protocol, p.host_port) for p in endpoint.published}
+        refused: Conflict | None = None
+        for number in candidates(wish):
+            port = Published(
+                protocol=wish.protocol,
+                port=wish.port,
+                host_ip=wish.host_ip,
+                host_port=number,
+            )
+            if not wish.host_port and (wish.protocol, number) in taken:
+                continue
+            try:
+                self.check_free(endpoint, port)
+                await self.site.dataplane.apply((bridge.hold(port, endpoint),))
+            except Conflict as error:
+                refused = error
+            else:
+                return port
+        if refused is not None and wish.host_port == wish.host_port_end:
+            raise refused
+        raise Exhausted(
+            f"no free host port for container port {wish.port}: tried "
+            f"{wish.host_port or EPHEMERAL.start} to "
+            f"{wish.host_port_end or EPHEMERAL.stop - 1}, the last: {refused}"
+        )
+
+    def check_free(self, endpoint: Endpoint, port: Published) -> None:
+        """Raise Conflict if another endpoint of this host has published the port."""
+        for member in self.site.members():
+            for other in self.site.endpoints(member.network):
+                clash = any(clashing(port, theirs) for theirs in other.published)
+                if clash and other.id != endpoint.id:
+                    raise Conflict(
+                        f"host port {port.host_port} is published by "
+                        f"{self.site.name(other.id)}; choose another host port"
+                    )
+
+    async def publish(self, before: Endpoint, after: Endpoint) -> None:
+        """Change what an endpoint publishes, in the store and then in the kernel."""
+        old, new = self.site.endpoint_plan(before), self.site.endpoint_plan(after)
+        keys = {op.key for op in new}
+        await self.put(after)
+        await self.clear(tuple(op for op in old if op.key not in keys))
+        await self.site.dataplane.apply(new)
+
+    async def revoke(self, docker_id: str, endpoint_id: str) -> None:
+        """Take back what is published; unknown endpoints publish nothing."""
+        async with self.locked(docker_id):
+            before = self.find(docker_id, endpoint_id)
+            if before is None or not before.published:
+                return
+            after = replace(before, published=())
+            key = records.endpoint(after.network, after.id)
+            try:
+                await self.site.state.commit(lambda draft: draft.put(key, after))
+            except DriverError as error:
+                log.warning("store.deferred", error=str(error))
+            old, new = self.site.endpoint_plan(before), self.site.endpoint_plan(after)
+            keys = {op.key for op in new}
+            await self.clear(tuple(op for op in old if op.key not in keys))
+
+    # Swarm's manager, and Docker's news of other nodes.
+
+    async def allocate(
+        self,
+        docker_id: str,
+        *,
+        subnets: tuple[Subnet, ...],
+        options: Mapping[str, str],
+    ) -> Mapping[str, str]:
+        """Check a network's options for all nodes, and answer them as they are."""
+        self.read(docker_id, subnets, options, internal=False)
+        return dict(options)
+
+    async def free(self, docker_id: str) -> None:
+        """Forget what `allocate` gave: nothing is kept for it."""
+
+    async def discover(self, address: str, *, gone: bool, own: bool) -> None:
+        """Hear of another node; hosts know each other by the store."""
+        log.debug("docker.node", address=address, gone=gone, own=own)
+
+    def skips_gateway(self, given: Mapping[str, str], *, internal: bool) -> bool:
+        """Tell whether a network needs no gateway address; checks its options."""
+        del internal  # The host has an address on an internal network too.
+        return options.parse(given).gateway != "pynet"
+
+
+def attachment(network: Network, member: Member, endpoint: Endpoint) -> Attachment:
+    """Return what Docker needs to know of an endpoint's device and gateway."""
+    closed = firewall.closed(network)
+    gateways = [] if closed else [
+        subnet.gateway
+        for address in endpoint.addresses
+        if (subnet := network.subnet_of(address.ip)) is not None
+    ]  # fmt: skip
+    return Attachment(
+        device=devices.peer(endpoint.id),
+        prefix=member.prefix,
+        gateway4=next((g for g in gateways if isinstance(g, IPv4Address)), None),
+        gateway6=next((g for g in gateways if isinstance(g, IPv6Address)), None),
+        disable_gateway_service=network.gateway == "pynet",
+    )
+
+
+def bound_to(binding: IPAddress | None, wish: PortRequest, ipv6: bool) -> PortRequest:
+    """Give a wish without a host address the network's, if it has one."""
+    if wish.host_ip is not None:
+        return wish
+    if binding is not None:
+        return replace(wish, host_ip=binding)
+    return wish if ipv6 else replace(wish, host_ip=IPv4Address(0))
+
+
+def fits(port: Published, wish: PortRequest) -> bool:
+    """Tell whether a published port is what a wish asks for."""
+    low = wish.host_port or EPHEMERAL.start
+    high = wish.host_port_end or wish.host_port or EPHEMERAL.stop - 1
+    return (
+        (port.protocol, port.port) == (wish.protocol, wish.port)
+        and port.host_ip == wish.host_ip
+        and low <= port.host_port <= high
+    )
+
+
+def candidates(wish: PortRequest) -> Iterator[int]:
+    """Yield the host ports to try for a wish."""
+    if wish.host_port:
+        end = max(wish.host_port, wish.host_port_end)
+        yield from range(wish.host_port, end + 1)
+    else:
+        # From a place that differs for each container port, so that first tries meet
+        # seldom.
+        start = (wish.port * 127 + wish.protocol) % len(EPHEMERAL)
+        for turn in range(TRIES):
+            yield EPHEMERAL[(start + turn) % len(EPHEMERAL)]
+
+
+def clashing(one: Published, other: Published) -> bool:
+    """Tell whether two published ports would take the same packets."""
+    if (one.protocol, one.host_port) != (other.protocol, other.host_port):
+        return False
+    if one.host_ip is None or other.host_ip is None:
+        return True
+    if one.host_ip.version != other.host_ip.version:
+        return False
+    wild = firewall.unspecified(one.host_ip)
+    return one.host_ip == other.host_ip or wild in (one.host_ip, other.host_ip)

@@ -1,0 +1,304 @@
+"""
+Sync: brings kernel, store and Docker's own list into agreement, at start and for good.
+
+One loop: whatever happens sets *dirty*, the loop drains it and compares everything once.
+A timer (*audit*) does so too, so that a missed event costs time and nothing else.
+
+Who decides what ends: a local endpoint ends by Docker's call, by `pynet endpoint rm`,
+or because Docker's own list has been without it for the grace time; never because the
+store lacks it. A device that still reaches into a sandbox is in use, whatever the
+records say: it and what it stands on are reported, not removed.
+"""
+
+import asyncio
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import structlog
+
+from cnmdriver.dockerapi import DockerApi, Inventory
+from cnmdriver.driver import claims
+from cnmdriver.driver.ipam import IpamDriver
+from cnmdriver.driver.network import NetworkDriver
+from cnmdriver.driver.site import Site
+from cnmdriver.errors import DriverError, StoreError
+from cnmdriver.model import Pool, Reservation
+from cnmdriver.plan import ops
+from cnmdriver.plan.ops import Plan, Veth
+from cnmdriver.store import records
+from cnmdriver.store.view import Draft
+
+SETTLE = 0.2
+"""Seconds to wait for more of Docker's events before its lists are read."""
+PAUSE = 2.0
+"""Seconds before Docker is tried again when it did not answer."""
+
+log = structlog.get_logger()
+
+
+@dataclass(slots=True)
+class Patience:
+    """Remembers since when each of some things has been as it should not be."""
+
+    grace: float
+    since: dict[str, float] = field(default_factory=dict)
+
+    def expired(self, names: Iterable[str]) -> set[str]:
+        """Return those that have been named without a break for the grace time."""
+        now = time.monotonic()
+        self.since = {name: self.since.get(name, now) for name in names}
+        return {n for n, start in self.since.items() if now - start >= self.grace}
+
+
+class Sync:
+    """The loop of one daemon."""
+
+    def __init__(
+        self,
+        site: Site,
+        networks: NetworkDriver,
+        ipam: IpamDriver,
+        docker: DockerApi | None,
+        *,
+        grace: float,
+        audit: float,
+    ) -> None:
+        """Take what it keeps in agreement, and the two intervals in seconds."""
+        self.site = site
+        self.networks = networks
+        self.ipam = ipam
+        self.docker = docker
+        self.audit = audit
+        self.dirty = asyncio.Event()
+        self.lapsing = Patience(grace)
+        self.missing = Patience(grace)
+        self.inventory: Inventory | None = None
+        self.orphans: tuple[str, ...] = ()
+        self.problems: tuple[str, ...] = ()
+
+    def wake(self) -> None:
+        """Ask for a comparison soon."""
+        self.dirty.set()
+
+    async def run(self) -> None:
+        """Compare whenever woken, and at every audit, until cancelled."""
+        while True:
+            try:
+                async with asyncio.timeout(self.audit):
+                    await self.dirty.wait()
+            except TimeoutError:
+                pass
+            self.dirty.clear()
+            await self.turn()
+
+    async def turn(self) -> None:
+        """Do everything once; what fails is logged and done at the next turn."""
+        try:
+            await self.forget_removed()
+            await self.lapse()
+            await self.repair()
+        except DriverError as error:
+            log.warning("sync.failed", error=str(error))
+
+    async def repair(self) -> None:
+        """Make the kernel equal to the plans."""
+        wanted = self.site.desired()
+        found = await self.site.dataplane.found(wanted)
+        difference = ops.compare(wanted, found)
+        problems: list[str] = []
+        if difference.lacking or difference.changed:
+            problems += await self.mend(wanted, difference)
+        surplus, self.orphans = removable(difference.surplus, self.known_endpoints())
+        surplus = self.site.own(surplus)
+        if surplus:
+            log.info("sync.surplus", objects=[ops.name(op) for op in surplus])
+            try:
+                await self.site.dataplane.clear(surplus)
+            except DriverError as error:
+                problems.append(str(error))
+        self.problems = tuple(problems)
+
+    def known_endpoints(self) -> frozenset[str] | None:
+        """Return the endpoints Docker has, None if it has not told."""
+        return self.inventory.endpoints if self.inventory is not None else None
+
+    async def mend(self, wanted: Plan, difference: ops.Difference) -> list[str]:
+        """Apply what lacks or differs, with what stands on it; return what failed."""
+        amiss = {op.key for op in difference.lacking}
+        amiss |= {op.key for op, _ in difference.changed}
+        for line in difference.lines():
+            log.info("sync.repair", what=line)
+        problems = []
+        for plan in self.parts(wanted, amiss):
+            try:
+                await self.site.dataplane.apply(plan)
+            except DriverError as error:
+                log.error("sync.cannot_repair", error=str(error))
+                problems.append(str(error))
+        return problems
+
+    def parts(self, wanted: Plan, amiss: set[ops.Key]) -> list[Plan]:
+        """
+        Cut what must be applied into one plan per network and endpoint.
+
+        One that the kernel refuses must not keep the others from being mended.
+        """
+        plans = []
+        for member in self.site.members():
+            plans.append(self.site.network_plan(member))
+            plans += [
+                self.site.endpoint_plan(e) for e in self.site.endpoints(member.network)
+            ]
+        del wanted
+        again: set[ops.Key] = set(amiss)
+        chosen = []
+        for plan in plans:
+            part = []
+            for op in plan:
+                if op.key in again or again.intersection(op.stands_on()):
+                    again.add(op.key)
+                    part.append(op)
+            if part:
+                chosen.append(tuple(part))
+        return chosen
+
+    # What Docker no longer has, and what nobody claimed.
+
+    async def forget_removed(self) -> None:
+        """Remove endpoints and networks that Docker has been without for long."""
+        if self.inventory is None:
+            return
+        have = self.inventory
+        members = list(self.site.members())
+        endpoints = {
+            e.id: e
+            for m in members
+            for e in self.site.endpoints(m.network)
+            if e.id not in have.endpoints
+        }
+        networks = {m.docker_id for m in members if m.docker_id not in have.networks}
+        gone = self.missing.expired({*endpoints, *networks})
+        for name in gone.intersection(endpoints):
+            log.warning("sync.endpoint_gone", endpoint=name[:12])
+            await self.networks.remove(endpoints[name])
+        for name in gone.intersection(networks):
+            log.warning("sync.network_gone", network=name[:12])
+            await self.drop_network(name)
+
+    async def drop_network(self, docker_id: str) -> None:
+        """Remove a network whose removal Docker could not tell us, pools included."""
+        member = self.site.member(docker_id)
+        await self.networks.delete(docker_id)
+        for claim in member.claims:
+            await self.ipam.release_pool(claim)
+
+    async def lapse(self) -> None:
+        """Give back provisional addresses, where a network of ours has the pool."""
+        host = self.site.host.id
+        idle = {
+            records.address(r.space, r.cidr, r.ip): r
+            for pool in self.site.view.all(Pool, "pools/")
+            if pool.claimed
+            for r in claims.reservation(self.site.view, pool)
+            if not r.bound and r.host == host
+        }
+        for key in self.lapsing.expired(idle):
+            log.warning("ipam.lapsed", address=str(idle[key].ip))
+
+            def decide(draft: Draft, key: str = key) -> None:
+                held = draft.get(Reservation, key)
+                if held is not None and not held.bound:
+                    draft.delete(key)
+
+            await self.site.state.remove(decide)
+
+    # Docker's door.
+
+    async def listen(self, driver: str) -> None:
+        """Follow Docker's events until cancelled; its absence is no error."""
+        if self.docker is None:
+            return
+        while True:
+            try:
+                await self.follow(self.docker, driver)
+            except StoreError as error:
+                log.debug("docker.away", error=str(error))
+            self.inventory = None
+            await asyncio.sleep(PAUSE)
+
+    async def follow(self, docker: DockerApi, driver: str) -> None:
+        """Read Docker's lists at each of its events, until it goes away."""
+        events = docker.events()
+        fresh = asyncio.Event()
+
+        async def collect() -> None:
+            async for _ in events:
+                fresh.set()
+
+        async with asyncio.TaskGroup() as group:
+            collecting = group.create_task(collect())
+            while not collecting.done():
+                try:
+                    async with asyncio.timeout(self.audit):
+                        await wait_either(fresh, collecting)
+                except TimeoutError:
+                    pass
+                fresh.clear()
+                await asyncio.sleep(SETTLE)
+                self.learn(await docker.inventory(driver))
+
+    def learn(self, inventory: Inventory) -> None:
+        """Take in what Docker has."""
+        self.inventory = inventory
+        self.site.names = inventory.names
+        bridges = self.site.docker_bridges
+        always = {"docker0", "docker_gwbridge"}
+        self.site.docker_bridges = frozenset(inventory.bridges | always)
+        changed = self.site.docker_bridges != bridges
+        if changed or self.missing.since or self.stale(inventory):
+            self.wake()
+
+    def stale(self, inventory: Inventory) -> bool:
+        """Tell whether anything of ours is not in Docker's list."""
+        return any(
+            m.docker_id not in inventory.networks
+            or any(
+                e.id not in inventory.endpoints for e in self.site.endpoints(m.network)
+            )
+            for m in self.site.members()
+        )
+
+
+async def wait_either(event: asyncio.Event, task: asyncio.Task[None]) -> None:
+    """Wait for an event, or for a task that can no longer set it."""
+    waiting = asyncio.ensure_future(event.wait())
+    try:
+        await asyncio.wait({waiting, task}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        waiting.cancel()
+
+
+def removable(
+    surplus: Plan, known: frozenset[str] | None
+) -> tuple[Plan, tuple[str, ...]]:
+    """
+    Divide what is in no plan into what may go and the names of what may not.
+
+    A pair whose far end is in a sandbox is in use unless Docker's list lacks its
+    endpoint; while there is one in use, only pairs may go.
+    """
+    pairs = [op for op in surplus if isinstance(op, Veth)]
+    used = {op.key for op in pairs if in_use(op, known)}
+    if not used:
+        return surplus, ()
+    names = tuple(ops.name(op) for op in surplus if op.key in used)
+    return tuple(op for op in pairs if op.key not in used), names
+
+
+def in_use(pair: Veth, known: frozenset[str] | None) -> bool:
+    """Tell whether a pair reaches into a sandbox that Docker may still have."""
+    if pair.peer is not None:
+        return False
+    *_, endpoint = (pair.alias or "").split(":")
+    return known is None or not endpoint or endpoint in known

@@ -1,0 +1,201 @@
+"""
+The records pynet keeps: container network model nouns, nothing of their storage.
+
+All are immutable; a change is a new value (`dataclasses.replace`). Addresses are
+`ipaddress` values and never text, so that two spellings of one address are equal.
+"""
+
+from dataclasses import dataclass
+from ipaddress import (
+    IPv4Address,
+    IPv4Interface,
+    IPv4Network,
+    IPv6Address,
+    IPv6Interface,
+    IPv6Network,
+)
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    IPAddress = IPv4Address | IPv6Address
+    IPNetwork = IPv4Network | IPv6Network
+else:
+    # A decoder takes one class per field, not a union: the two families' common base.
+    IPAddress = IPv4Address.__mro__[2]
+    IPNetwork = IPv4Network.__mro__[2]
+IPInterface = IPv4Interface | IPv6Interface
+
+TCP, UDP, SCTP = 6, 17, 132
+PROTOCOLS = {TCP: "tcp", UDP: "udp", SCTP: "sctp"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subnet:
+    """One pool of a network, with the addresses that are not for containers."""
+
+    space: str
+    pool: IPNetwork
+    gateway: IPAddress | None = None
+    reserved: tuple[IPAddress, ...] = ()
+
+    @property
+    def gateway_interface(self) -> IPInterface | None:
+        """Return the gateway with the pool's prefix length."""
+        return None if self.gateway is None else interface(self.gateway, self.pool)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Network:
+    """What all hosts of a network agree on."""
+
+    id: str
+    mode: str
+    subnets: tuple[Subnet, ...]
+    mtu: int
+    internal: bool = False
+    icc: bool = True
+    masquerade: bool = True
+    gateway: str = "pynet"
+    """Who gives the default route: `pynet`, or `docker` for docker_gwbridge."""
+
+    def subnet_of(self, address: IPAddress) -> Subnet | None:
+        """Return the subnet that holds the address."""
+        return next((s for s in self.subnets if address in s.pool), None)
+
+    def has(self, version: int) -> bool:
+        """Tell whether the network has a subnet of this IP version."""
+        return any(s.pool.version == version for s in self.subnets)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """
+    A host's part in a network.
+
+    A member whose `docker_id` is empty holds pools for a network that Docker is
+    about to create here, or that belongs to another driver.
+    """
+
+    network: str
+    host: str
+    docker_id: str = ""
+    bridge: str = ""
+    host_binding: IPAddress | None = None
+    prefix: str = "eth"
+    options: tuple[tuple[str, str], ...] = ()
+    claims: tuple[str, ...] = ()
+    """The pool ids Docker holds here."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pool:
+    """A pool that is handed out; its network may not exist yet."""
+
+    space: str
+    cidr: IPNetwork
+    network: str
+    claimed: bool = False
+    """Whether a CreateNetwork of ours took it: only then idle addresses lapse."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reservation:
+    """One address that is taken. Provisional until a call of Docker binds it."""
+
+    space: str
+    cidr: IPNetwork
+    ip: IPAddress
+    host: str
+    bound: bool = False
+    endpoint: str = ""
+    name: str = ""
+    gateway: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """A part of a pool whose addresses only one host gives out."""
+
+    host: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PortRequest:
+    """A port to publish, as the user asked for it; host port 0 leaves it to us."""
+
+    protocol: int
+    port: int
+    host_ip: IPAddress | None = None
+    host_port: int = 0
+    host_port_end: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """A published port. `host_ip` None stands for every address of the host."""
+
+    protocol: int
+    port: int
+    host_ip: IPAddress | None
+    host_port: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoint:
+    """A sandbox's place in a network, on the host that has the sandbox."""
+
+    network: str
+    id: str
+    host: str
+    boot: str
+    mac: str
+    ipv4: IPv4Interface | None = None
+    ipv6: IPv6Interface | None = None
+    user_mac: bool = False
+    sandbox: str = ""
+    """Docker's key of the sandbox; empty until it has joined."""
+    published: tuple[Published, ...] = ()
+
+    @property
+    def addresses(self) -> tuple[IPInterface, ...]:
+        """Return what it has of both families, IPv4 first."""
+        return tuple(a for a in (self.ipv4, self.ipv6) if a is not None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Host:
+    """A machine that runs pynet."""
+
+    id: str
+    name: str
+    version: str
+    vteps: tuple[IPAddress, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cluster:
+    """The random id of a store's content, and the schema of its records."""
+
+    id: str
+    schema: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attachment:
+    """What Docker needs to move an endpoint's device into the sandbox."""
+
+    device: str
+    prefix: str
+    gateway4: IPv4Address | None = None
+    gateway6: IPv6Address | None = None
+    disable_gateway_service: bool = False
+
+
+Record = Network | Member | Pool | Reservation | Block | Endpoint | Host | Cluster
+
+
+def interface(address: IPAddress, pool: IPNetwork) -> IPInterface:
+    """Join an address and the prefix length of its pool."""
+    if isinstance(address, IPv4Address):
+        return IPv4Interface((address, pool.prefixlen))
+    return IPv6Interface((address, pool.prefixlen))

@@ -1,0 +1,169 @@
+"""
+The nftables table of a host: chains that never change, sets that say all.
+
+A network adds one element to some sets, a published port one element to a map, so the
+thousandth costs what the first did. How a packet goes:
+
+- *guard* drops what comes from outside for 127.0.0.0/8 or ::1. It is what makes
+  `route_localnet` safe, which a port published on 127.0.0.1 needs.
+- *publish*, before routing and for the host's own programs, translates a published
+  port. It stands one before Docker's priority; of all chains at a hook the first that
+  translates wins.
+- *forward* decides about everything that enters or leaves a bridge of ours. A drop here
+  is final, whatever the host's own FORWARD chain says. Docker's bridges are known by
+  exact name: our accept in DOCKER-USER comes before Docker's own drops, and would open
+  its unpublished ports.
+- *postrouting* hides the pools behind the host's address, and hides a client behind the
+  gateway where the answer would otherwise not come back: from the same subnet, and from
+  127.0.0.1.
+
+Sets of pairs (`self`: "b . b") say "the same bridge", as nftables cannot compare two
+fields of a packet.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from ipaddress import IPv6Address
+
+from cnmdriver.model import PROTOCOLS, Endpoint, IPAddress, Network, Published
+from cnmdriver.plan.ops import Element, Plan, Table
+
+# nft 1.0.6 wants the name of a hook's priority as a number in an output chain, and no
+# statement on the line of a closing brace.
+TEXT = """\
+table inet pynet {
+	set bridges  { type ifname; }
+	set self     { type ifname . ifname; }
+	set icc_off  { type ifname; }
+	set internal { type ifname; }
+	set docker   { type ifname; }
+	set own4     { type ipv4_addr . ifname; flags interval; }
+	set own6     { type ipv6_addr . ifname; flags interval; }
+	set masq4    { type ipv4_addr; flags interval; }
+	set masq6    { type ipv6_addr; flags interval; }
+	map any4     { type inet_proto . inet_service : ipv4_addr . inet_service; }
+	map any6     { type inet_proto . inet_service : ipv6_addr . inet_service; }
+	map bound4   { type ipv4_addr . inet_proto . inet_service : ipv4_addr . inet_service; }
+	map bound6   { type ipv6_addr . inet_proto . inet_service : ipv6_addr . inet_service; }
+
+	chain guard {
+		type filter hook prerouting priority raw; policy accept;
+		ip daddr 127.0.0.0/8 iifname != "lo" counter drop
+		ip6 daddr ::1 iifname != "lo" counter drop
+	}
+	chain publish {
+		fib daddr type != local return
+		dnat ip to ip daddr . meta l4proto . th dport map @bound4
+		dnat ip6 to ip6 daddr . meta l4proto . th dport map @bound6
+		dnat ip to meta l4proto . th dport map @any4
+		dnat ip6 to meta l4proto . th dport map @any6
+	}
+	chain prerouting {
+		type nat hook prerouting priority -101; policy accept;
+		jump publish
+	}
+	chain output {
+		type nat hook output priority -101; policy accept;
+		jump publish
+	}
+	chain postrouting {
+		type nat hook postrouting priority 99; policy accept;
+		oifname @bridges ct status dnat jump to_published
+		oifname @bridges return
+		ip saddr @masq4 masquerade
+		ip6 saddr @masq6 masquerade
+	}
+	chain to_published {
+		ip saddr 127.0.0.0/8 masquerade
+		ip saddr . oifname @own4 masquerade
+		ip6 saddr . oifname @own6 masquerade
+	}
+	chain forward {
+		type filter hook forward priority -1; policy accept;
+		iifname @bridges jump known
+		oifname @bridges jump known
+	}
+	chain known {
+		ct state established,related accept
+		iifname . oifname @self jump within
+		iifname @internal counter drop
+		oifname @internal counter drop
+		ct status dnat accept
+		oifname @bridges counter drop
+		oifname @docker counter drop
+	}
+	chain within {
+		ct status dnat accept
+		iifname @icc_off counter drop
+		accept
+	}
+"""
+
+
+def table() -> Table:
+    """Return the host's table; its mark changes with the text."""
+    mark = "text_" + hashlib.sha256(TEXT.encode()).hexdigest()[:8]
+    text = f"{TEXT}\tchain {mark} {{\n\t}}\n}}\n"
+    return Table(family="inet", name="pynet", mark=mark, text=text)
+
+
+def network(network: Network, bridge: str) -> Plan:
+    """List the elements that make a bridge a network of ours."""
+    quoted = f'"{bridge}"'
+    sets = {"bridges": True, "icc_off": not network.icc, "internal": closed(network)}
+    yes = [Element(set=name, item=(quoted,)) for name, want in sets.items() if want]
+    nat = network.masquerade and not closed(network)
+    return (
+        *yes,
+        Element(set="self", item=(quoted, quoted)),
+        *(
+            element
+            for subnet in network.subnets
+            for element in pool(str(subnet.pool), subnet.pool.version, quoted, nat=nat)
+        ),
+    )
+
+
+def closed(network: Network) -> bool:
+    """Tell whether the host routes nothing for the network."""
+    return network.internal or network.gateway != "pynet"
+
+
+def pool(cidr: str, version: int, quoted: str, *, nat: bool) -> Iterator[Element]:
+    """Yield what the table knows of one pool."""
+    yield Element(set=f"own{version}", item=(cidr, quoted))
+    if nat:
+        yield Element(set=f"masq{version}", item=(cidr,))
+
+
+def docker(bridges: Iterable[str]) -> Plan:
+    """List the bridges that are Docker's, so that nothing of ours enters them."""
+    return tuple(Element(set="docker", item=(f'"{name}"',)) for name in bridges)
+
+
+def published(endpoint: Endpoint) -> Plan:
+    """List the map elements of the endpoint's published ports, a family each."""
+    return tuple(
+        element
+        for port in endpoint.published
+        for address in endpoint.addresses
+        for element in translation(port, address.ip)
+    )
+
+
+def translation(port: Published, address: IPAddress) -> Iterator[Element]:
+    """Yield the element that sends a published port to an address of its family."""
+    number = (PROTOCOLS[port.protocol], str(port.host_port))
+    value = (str(address), str(port.port))
+    version = address.version
+    if port.host_ip is None or port.host_ip == unspecified(port.host_ip):
+        if port.host_ip is None or port.host_ip.version == version:
+            yield Element(set=f"any{version}", item=number, value=value)
+    elif port.host_ip.version == version and port.host_ip != IPv6Address("::1"):
+        item = (str(port.host_ip), *number)
+        yield Element(set=f"bound{version}", item=item, value=value)
+
+
+def unspecified(address: IPAddress) -> IPAddress:
+    """Return 0.0.0.0 or :: in the address's family."""
+    return type(address)(0)

@@ -1,0 +1,357 @@
+"""
+Operations: values that state what shall hold in the kernel.
+
+A plan is an ordered tuple of operations, each standing only on earlier ones. Nothing
+here does anything: the dataplane makes a plan hold (`apply`), takes it back (`clear`)
+or reads the kernel into operations (`found`), and `difference` compares the two. The
+same value also reads as the command a person would type.
+
+An operation has a *key*: of two operations with one key and other content, one is a
+change of the other. `REMAKE` names the fields that the kernel cannot change on a living
+object; any other difference is mended in place. A field that is None in a found
+operation is one the kernel does not show, and equals everything.
+"""
+
+import shlex
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+from cnmdriver.model import PROTOCOLS, IPAddress, IPInterface
+
+HOST = "host"
+"""Where an operation holds: here the namespace the daemon runs in."""
+
+GROUP = 0x706E
+"""The link group that marks a device as pynet's ("pn")."""
+
+Key = tuple[str, ...]
+Command = tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Op:
+    """The part all operations share."""
+
+    where: str = HOST
+
+    REMAKE: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    def key(self) -> Key:
+        """Return what names the object, whatever its content."""
+        raise NotImplementedError
+
+    def stands_on(self) -> tuple[Key, ...]:
+        """Return the keys of the objects that must be there first."""
+        return ()
+
+    def commands(self) -> tuple[Command, ...]:
+        """Return the commands that make it hold, as a person would type them."""
+        raise NotImplementedError
+
+
+Plan = tuple[Op, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sysctl(Op):
+    """
+    A kernel setting, by its path below /proc/sys.
+
+    With `keep` it belongs to the whole host and stays when the plan is cleared; the
+    dataplane remembers the old value. Others vanish with their device.
+    """
+
+    path: str
+    value: str
+    keep: bool = False
+    device: str = ""
+
+    @property
+    def key(self) -> Key:
+        return ("sysctl", self.where, self.path)
+
+    def stands_on(self) -> tuple[Key, ...]:
+        return (("device", self.where, self.device),) if self.device else ()
+
+    def commands(self) -> tuple[Command, ...]:
+        # The slash form of a name: device names may have dots.
+        return (("sysctl", "-qw", f"{self.path}={self.value}"),)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bridge(Op):
+    """A bridge, up, with a fixed MAC and without addresses of its own making."""
+
+    name: str
+    mac: str
+    mtu: int
+    up: bool = True
+    alias: str | None
+
+    @property
+    def key(self) -> Key:
+        return ("device", self.where, self.name)
+
+    def commands(self) -> tuple[Command, ...]:
+        # The MTU comes last: a bridge without ports takes it only once it exists,
+        # and setting it stops the kernel from following the smallest port.
+        link = ("ip", "link")
+        return (
+            (*link, "add", self.name, "address", self.mac, "group", str(GROUP))
+            + ("type", "bridge", "mcast_snooping", "0"),
+            (*link, "set", self.name, "addrgenmode", "none", "mtu", str(self.mtu)),
+            (*link, "set", self.name, "alias", self.alias or ""),
+            (*link, "set", self.name, "up"),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Address(Op):
+    """An address of the host on a device of ours."""
+
+    device: str
+    interface: IPInterface
+
+    @property
+    def key(self) -> Key:
+        return ("address", self.where, self.device, str(self.interface))
+
+    def stands_on(self) -> tuple[Key, ...]:
+        return (("device", self.where, self.device),)
+
+    def commands(self) -> tuple[Command, ...]:
+        # A gateway's address is given by the store, so nobody need be asked for it.
+        nodad = ("nodad",) if self.interface.version == 6 else ()
+        return (("ip", "addr", "add", str(self.interface), "dev", self.device, *nodad),)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Veth(Op):
+    """
+    A pair: `name` is a port of the bridge, `peer` is what Docker moves away.
+
+    The kernel does not show the far end once it is in a sandbox, so a found pair has
+    None for `peer` and `mac`.
+    """
+
+    name: str
+    peer: str | None
+    mac: str | None
+    bridge: str
+    mtu: int
+    hairpin: bool = False
+    isolated: bool = False
+    up: bool = True
+    alias: str | None
+
+    REMAKE: ClassVar[frozenset[str]] = frozenset({"peer", "mac"})
+
+    @property
+    def key(self) -> Key:
+        return ("device", self.where, self.name)
+
+    def stands_on(self) -> tuple[Key, ...]:
+        return (("device", self.where, self.bridge),)
+
+    def commands(self) -> tuple[Command, ...]:
+        mtu, group = ("mtu", str(self.mtu)), ("group", str(GROUP))
+        port = (
+            ("hairpin", "on" if self.hairpin else "off")
+            + ("isolated", "on" if self.isolated else "off")
+        )  # fmt: skip
+        return (
+            ("ip", "link", "add", self.name, *mtu, *group, "type", "veth", "peer")
+            + ("name", self.peer or "", *mtu, *group, "address", self.mac or ""),
+            ("ip", "link", "set", self.name, "addrgenmode", "none")
+            + ("master", self.bridge),
+            ("ip", "link", "set", self.name, "alias", self.alias or ""),
+            ("bridge", "link", "set", "dev", self.name, *port),
+            ("ip", "link", "set", self.name, "up"),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table(Op):
+    """
+    The nftables table with all chains and empty sets: `nft` text of one transaction.
+
+    Loading it again must not empty the sets, so a found table has None for `text`
+    unless its mark differs; `mark` is a digest of the text, kept as the comment of an
+    empty chain.
+    """
+
+    family: str
+    name: str
+    mark: str
+    text: str | None
+
+    @property
+    def key(self) -> Key:
+        return ("table", self.where, self.family, self.name)
+
+    def commands(self) -> tuple[Command, ...]:
+        return (("nft", self.text or ""),)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Element(Op):
+    """
+    An element of a set or map of the table: each field in nftables' own spelling.
+
+    `value` is empty in a set. Only published ports have values, and with each comes
+    or goes the conntrack state of the port.
+    """
+
+    family: str = "inet"
+    table: str = "pynet"
+    set: str
+    item: tuple[str, ...]
+    value: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> Key:
+        return ("element", self.where, self.family, self.table, self.set, *self.item)
+
+    def stands_on(self) -> tuple[Key, ...]:
+        return (("table", self.where, self.family, self.table),)
+
+    @property
+    def text(self) -> str:
+        """Return the element as nft writes it between the braces."""
+        item = " . ".join(self.item)
+        return f"{item} : {' . '.join(self.value)}" if self.value else item
+
+    def commands(self) -> tuple[Command, ...]:
+        place = ("nft", "add", "element", self.family, self.table, self.set)
+        return ((*place, "{", *shlex.split(self.text), "}"),)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accept(Op):
+    """
+    Traffic of our bridges passes the host's own FORWARD chain, in one IP version.
+
+    The decision stays in our table, where a drop is final. The two rules stand in
+    DOCKER-USER, the chain Docker leaves to others; it is made, and FORWARD sent
+    there, where Docker has not done so (protocol: "FORWARD policy DROP").
+    """
+
+    version: int
+
+    @property
+    def key(self) -> Key:
+        return ("accept", self.where, str(self.version))
+
+    def commands(self) -> tuple[Command, ...]:
+        tool = "iptables" if self.version == 4 else "ip6tables"
+        mark = ("-m", "comment", "--comment", "pynet", "-j", "ACCEPT")
+        return tuple(
+            (tool, "-w", "5", "-I", "DOCKER-USER", "-m", "devgroup", side, hex(GROUP))
+            + mark
+            for side in ("--src-group", "--dst-group")
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hold(Op):
+    """
+    A socket of the daemon that keeps a published port from other programs.
+
+    The kernel translates the port before a packet can reach the socket, but for ::1,
+    which it cannot translate: those connections are relayed to `target`. `address`
+    None is every address of the host, in both families.
+    """
+
+    protocol: int
+    address: IPAddress | None
+    port: int
+    target: IPAddress | None
+    target_port: int
+
+    @property
+    def key(self) -> Key:
+        return (
+            "hold", self.where, PROTOCOLS[self.protocol],
+            "*" if self.address is None else str(self.address), str(self.port),
+        )  # fmt: skip
+
+    def commands(self) -> tuple[Command, ...]:
+        return ()
+
+
+def differing(wanted: Op, found: Op) -> tuple[str, ...]:
+    """Return the names of the fields in which a found object is not as wanted."""
+    return tuple(
+        f.name
+        for f in fields(wanted)
+        if getattr(found, f.name) is not None
+        and getattr(wanted, f.name) is not None
+        and getattr(found, f.name) != getattr(wanted, f.name)
+    )
+
+
+def describe(wanted: Op, found: Op) -> str:
+    """Say in words what differs, e.g. "mtu is 1400 and should be 1450"."""
+    return ", ".join(
+        f"{name} is {getattr(found, name)} and should be {getattr(wanted, name)}"
+        for name in differing(wanted, found)
+    )
+
+
+def union(plans: Iterable[Plan]) -> Plan:
+    """Merge plans in order; an operation many share appears once, at its first."""
+    return tuple({op.key: op for plan in plans for op in plan}.values())
+
+
+def without(plan: Plan, kept: Iterable[Op]) -> Plan:
+    """Return the plan less every object that `kept` still wants."""
+    keys = {op.key for op in kept}
+    return tuple(op for op in plan if op.key not in keys)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """What stands between the kernel and the plans."""
+
+    lacking: Plan
+    changed: tuple[tuple[Op, Op], ...]
+    """Pairs of wanted and found."""
+    surplus: Plan
+
+    def __bool__(self) -> bool:
+        """Tell whether there is any difference."""
+        return bool(self.lacking or self.changed or self.surplus)
+
+    def lines(self) -> Iterator[str]:
+        """Yield one line for each object: `+` lacks, `~` differs, `-` is too much."""
+        for op in self.lacking:
+            yield f"+ {name(op)}"
+        for wanted, found in self.changed:
+            yield f"~ {name(wanted)}: {describe(wanted, found)}"
+        for op in self.surplus:
+            yield f"- {name(op)}"
+
+
+def compare(wanted: Plan, found: Plan) -> Difference:
+    """Compare all plans with all that is found; settings kept for good are no surplus."""
+    have = {op.key: op for op in found}
+    want = {op.key for op in wanted}
+    pairs = [(op, have[op.key]) for op in wanted if op.key in have]
+    return Difference(
+        lacking=tuple(op for op in wanted if op.key not in have),
+        changed=tuple((w, f) for w, f in pairs if differing(w, f)),
+        surplus=tuple(
+            op
+            for op in found
+            if op.key not in want and not (isinstance(op, Sysctl) and op.keep)
+        ),
+    )
+
+
+def name(op: Op) -> str:
+    """Return the short name of an object for people: its key less where it holds."""
+    kind, where, *rest = op.key
+    place = "" if where == HOST else f"{where}: "
+    return f"{place}{kind} {' '.join(rest)}"

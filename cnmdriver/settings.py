@@ -1,0 +1,144 @@
+"""
+What an operator can set, and where each setting comes from.
+
+A setting is one field of `Settings`: its type, default and help. The command line
+(`--host-name`), the environment (`PYNET_HOST_NAME`), the file (`host_name = …` in TOML)
+and the README's table all follow from it. The first of these that has a value wins.
+"""
+
+import dataclasses
+import socket
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cnmdriver.errors import InvalidParameter
+
+FILE = Path("/etc/pynet/pynet.toml")
+DEFAULT_POOLS = "10.200.0.0/16/24,fd70:796e:6574::/48/64"
+"""Out of the box: a private IPv4 range, and a ULA prefix (RFC 4193)."""
+
+
+def setting(default: Any, text: str, *choices: str) -> Any:
+    """Describe one setting."""
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """The daemon's settings, checked."""
+
+    socket: str = setting(
+        "/run/docker/plugins/pynet.sock",
+        "where Docker finds the driver; the file's name is the driver's",
+    )
+    state_dir: str = setting("/var/lib/pynet", "what outlives a reboot")
+    run_dir: str = setting("/run/pynet", "what does not: admin socket, boot id")
+    store: str = setting(
+        "", "shared state: sqlite:///PATH; empty is store.db in the state directory"
+    )
+    host_name: str = setting("", "this host's name; empty is the machine's own")
+    docker: str = setting(
+        "unix:///run/docker.sock", "Docker's API, for names and audits; empty is off"
+    )
+    scope: str = setting("local", "what Docker is told", "local", "global")
+    default_pools: str = setting(
+        DEFAULT_POOLS, "pools for networks without --subnet: BASE/LENGTH,…"
+    )
+    grace: float = setting(60.0, "seconds before what nobody claims is given back")
+    audit: float = setting(30.0, "seconds between two audits of the kernel")
+    log_format: str = setting(
+        "auto", "auto is console on a terminal", "auto", "console", "json"
+    )
+    log_level: str = setting("info", "least level logged", "debug", "info", "warning")
+
+    @property
+    def store_url(self) -> str:
+        """Return the store's address, the default spelled out."""
+        return self.store or f"sqlite://{self.state_dir}/store.db"
+
+    @property
+    def name(self) -> str:
+        """Return the host's name."""
+        return self.host_name or socket.gethostname()
+
+
+def load(
+    given: Mapping[str, Any], environment: Mapping[str, str], file: Path | None = None
+) -> Settings:
+    """
+    Merge command line, environment and file.
+
+    `given` has None for what was not said; `file` None is the usual place, if there is
+    one. Raises InvalidParameter, naming the setting and where it came from.
+    """
+    values: dict[str, Any] = {}
+    for source, name, value in sources(given, environment, file):
+        values[name] = check(source, name, value)
+    return Settings(**values)
+
+
+def sources(
+    given: Mapping[str, Any], environment: Mapping[str, str], file: Path | None
+) -> list[tuple[str, str, Any]]:
+    """Return every value that was given, the weakest source first."""
+    found: list[tuple[str, str, Any]] = []
+    path = file or FILE
+    found += [(str(path), k, v) for k, v in read_file(path, must=bool(file)).items()]
+    for name in FIELDS:
+        variable = "PYNET_" + name.upper()
+        if variable in environment:
+            found.append((variable, name, environment[variable]))
+    for name, value in given.items():
+        if value is not None:
+            found.append(("--" + name.replace("_", "-"), name, value))
+    return found
+
+
+def read_file(path: Path, *, must: bool) -> Mapping[str, Any]:
+    """Read the TOML file; one that need not be there may be absent."""
+    try:
+        return tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        if must:
+            raise InvalidParameter(f"settings file {path} does not exist") from None
+        return {}
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InvalidParameter(f"settings file {path}: {error}") from None
+
+
+def check(source: str, name: str, value: Any) -> Any:
+    """Return a value in its setting's type; raises InvalidParameter."""
+    if name not in FIELDS:
+        raise InvalidParameter(
+            f"{source}: no setting is called {name!r}; known are {', '.join(FIELDS)}"
+        )
+    default = FIELDS[name].default
+    choices = FIELDS[name].metadata["choices"]
+    if isinstance(default, float):
+        return seconds(source, name, value)
+    if not isinstance(value, str):
+        raise InvalidParameter(f"{source}: {name} must be text, not {value!r}")
+    if choices and value not in choices:
+        raise InvalidParameter(f"{source}: {name} must be one of {', '.join(choices)}")
+    return value
+
+
+def seconds(source: str, name: str, value: Any) -> float:
+    """Read a positive number of seconds."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise InvalidParameter(
+            f"{source}: {name} must be seconds above 0, not {value!r}"
+        )
+    return number
+
+
+FIELDS: Mapping[str, dataclasses.Field[Any]] = {
+    f.name: f for f in dataclasses.fields(Settings)
+}

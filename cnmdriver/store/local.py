@@ -1,0 +1,107 @@
+"""
+What a host keeps for itself: who it is, and the outbox.
+
+The *outbox* holds removals the store could not take, in order. Removing always
+succeeds for Docker; what is not yet in the store is written here first and replayed
+when the store is back.
+"""
+
+import asyncio
+import json
+import secrets
+import sqlite3
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+from cnmdriver.store.sqlite import mapped
+
+T = TypeVar("T")
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS outbox (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, deletes TEXT NOT NULL
+);
+"""
+
+
+class LocalDatabase:
+    """`local.db` in the state directory. Small and synchronous but for one thread."""
+
+    def __init__(self, path: Path) -> None:
+        """Name the file; nothing is opened yet."""
+        self.path = path
+        self.thread = ThreadPoolExecutor(1, "local")
+        self.connection: sqlite3.Connection | None = None
+        self.host = ""
+
+    async def open(self) -> None:
+        """Open or make the file, and read or mint the host's id."""
+        self.host = await self.call("open", self._open)
+
+    async def close(self) -> None:
+        """Close the file."""
+        await self.call("close", self._close)
+        self.thread.shutdown(wait=False)
+
+    async def remember(self, deletes: frozenset[str]) -> int:
+        """Append keys to delete to the outbox and return their number."""
+        return await self.call("write", lambda: self._append(deletes))
+
+    async def pending(self) -> list[tuple[int, frozenset[str]]]:
+        """Return what the outbox holds, oldest first."""
+        return await self.call("read", self._pending)
+
+    async def done(self, number: int) -> None:
+        """Forget an entry that is in the store."""
+        await self.call("write", lambda: self._forget(number))
+
+    async def call(self, doing: str, work: Callable[[], T]) -> T:
+        """Run blocking work in the thread."""
+
+        def mapped_work() -> T:
+            with mapped(doing, self.path):
+                return work()
+
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self.thread, mapped_work)
+
+    @property
+    def db(self) -> sqlite3.Connection:
+        """The open connection."""
+        if self.connection is None:
+            raise sqlite3.ProgrammingError("not open")
+        return self.connection
+
+    def _open(self) -> str:
+        self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.connection = sqlite3.connect(
+            self.path, isolation_level=None, check_same_thread=False, timeout=2
+        )
+        self.db.execute("PRAGMA journal_mode = WAL")
+        self.db.executescript(SCHEMA)
+        self.db.execute(
+            "INSERT OR IGNORE INTO facts VALUES ('host', ?)", (secrets.token_hex(8),)
+        )
+        row = self.db.execute("SELECT value FROM facts WHERE name = 'host'")
+        return str(row.fetchone()[0])
+
+    def _close(self) -> None:
+        if self.connection is not None:
+            self.connection.close()
+            self.connection = None
+
+    def _append(self, deletes: frozenset[str]) -> int:
+        row = self.db.execute(
+            "INSERT INTO outbox (deletes) VALUES (?)", (json.dumps(sorted(deletes)),)
+        )
+        return int(row.lastrowid or 0)
+
+    def _pending(self) -> list[tuple[int, frozenset[str]]]:
+        rows = self.db.execute("SELECT number, deletes FROM outbox ORDER BY number")
+        return [(number, frozenset(json.loads(keys))) for number, keys in rows]
+
+    def _forget(self, number: int) -> None:
+        self.db.execute("DELETE FROM outbox WHERE number = ?", (number,))

@@ -1,0 +1,166 @@
+"""
+Keys and values: where each record is stored and how it reads as bytes.
+
+Keys, under a prefix of the store's own:
+
+    cluster                            Cluster
+    hosts/<host>                       Host
+    networks/<network>                 Network
+    members/<network>/<host>           Member
+    spaces/<space>                     Space: changed with every claim
+    pools/<space>/<cidr>               Pool
+    addresses/<space>/<cidr>/<ip>      Reservation   (create-only: the allocator)
+    blocks/<space>/<cidr>/<block>      Block         (create-only)
+    endpoints/<network>/<endpoint>     Endpoint
+
+Values are JSON with the schema's version, `{"schema": 1, "record": {…}}`. A record of a
+newer schema is read as far as this version knows it, and never rewritten.
+"""
+
+import ipaddress
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import msgspec
+
+from cnmdriver.errors import StoreError
+from cnmdriver.model import (
+    Block,
+    Cluster,
+    Endpoint,
+    Host,
+    IPAddress,
+    IPNetwork,
+    Member,
+    Network,
+    Pool,
+    Reservation,
+)
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Space:
+    """Counts claims on the pools of a space, so that two never decide at once."""
+
+    claims: int = 0
+
+
+R = TypeVar("R")
+
+TYPES: dict[str, type[Any]] = {
+    "cluster": Cluster,
+    "hosts": Host,
+    "networks": Network,
+    "members": Member,
+    "spaces": Space,
+    "pools": Pool,
+    "addresses": Reservation,
+    "blocks": Block,
+    "endpoints": Endpoint,
+}
+
+CLUSTER = "cluster"
+
+
+def host(name: str) -> str:
+    """Return a host's key."""
+    return f"hosts/{name}"
+
+
+def network(name: str) -> str:
+    """Return a network's key."""
+    return f"networks/{name}"
+
+
+def member(network: str, host: str) -> str:
+    """Return the key of a host's part in a network."""
+    return f"members/{network}/{host}"
+
+
+def space(name: str) -> str:
+    """Return the key that every claim on a pool of a space changes."""
+    return f"spaces/{name}"
+
+
+def pool(space: str, cidr: IPNetwork) -> str:
+    """Return a pool's key."""
+    return f"pools/{space}/{cidr}"
+
+
+def address(space: str, cidr: IPNetwork, ip: IPAddress) -> str:
+    """Return the key of one address of a pool."""
+    return f"{addresses(space, cidr)}{ip}"
+
+
+def addresses(space: str, cidr: IPNetwork) -> str:
+    """Return the prefix of all addresses of a pool."""
+    return f"addresses/{space}/{cidr}/"
+
+
+def block(space: str, cidr: IPNetwork, part: IPNetwork) -> str:
+    """Return the key of a block of a pool."""
+    return f"{blocks(space, cidr)}{part}"
+
+
+def blocks(space: str, cidr: IPNetwork) -> str:
+    """Return the prefix of all blocks of a pool."""
+    return f"blocks/{space}/{cidr}/"
+
+
+def endpoint(network: str, name: str) -> str:
+    """Return an endpoint's key."""
+    return f"endpoints/{network}/{name}"
+
+
+def group(key: str) -> str:
+    """Return the prefix that a key shares with its like; records are listed by it."""
+    kind, _, rest = key.partition("/")
+    depth = {"addresses": 4, "blocks": 4, "members": 2, "endpoints": 2, "pools": 2}
+    parts = [kind, *rest.split("/")]
+    return "/".join(parts[: depth.get(kind, 1)]) + "/"
+
+
+class Envelope(msgspec.Struct, frozen=True):
+    """What stands around a record in the store."""
+
+    schema: int
+    record: msgspec.Raw
+
+
+def encode(record: object) -> bytes:
+    """Write a record as a stored value."""
+    return msgspec.json.encode(
+        {"schema": SCHEMA, "record": record}, enc_hook=write_address
+    )
+
+
+def decode(key: str, value: bytes) -> object:
+    """Read a stored value; raises StoreError if it is not one of pynet's."""
+    kind = TYPES.get(key.partition("/")[0])
+    if kind is None:
+        raise StoreError(f"key {key[:80]} in the store is none of pynet's")
+    try:
+        envelope = msgspec.json.decode(value, type=Envelope)
+        return msgspec.json.decode(envelope.record, type=kind, dec_hook=read_address)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise StoreError(f"value of {key[:80]} in the store: {error}") from None
+
+
+def write_address(value: object) -> str:
+    """Write an `ipaddress` value as text."""
+    return str(value)
+
+
+def read_address(kind: type[R], value: object) -> R:
+    """Read an `ipaddress` value of the wanted type."""
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is not text")  # noqa: TRY004  msgspec wants it
+    readers: dict[Any, Any] = {
+        IPAddress: ipaddress.ip_address,
+        IPNetwork: ipaddress.ip_network,
+    }
+    read: Callable[[str], R] = readers.get(kind, kind)
+    return read(value)
