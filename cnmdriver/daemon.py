@@ -43,8 +43,6 @@ from cnmdriver.store.state import State
 
 BUSY = 2
 """Exit code for settings that cannot work, and for a second daemon."""
-DRAIN = 12.0
-"""Seconds a begun call may take while stopping; its own limit is 10."""
 
 log = structlog.get_logger()
 
@@ -74,12 +72,13 @@ async def serve(settings: Settings) -> None:
         await daemon.sync.turn()
         stop = asyncio.Event()
         with signals(stop):
-            async with listening(daemon.plugin, Path(settings.socket)):
-                async with listening(
-                    daemon.admin, Path(settings.run_dir, "admin.sock")
-                ):
-                    log.info("daemon.ready", socket=settings.socket, pid=os.getpid())
-                    await daemon.until(stop)
+            admin = Path(settings.run_dir, "admin.sock")
+            async with (
+                listening(daemon.admin, admin),
+                listening(daemon.plugin, Path(settings.socket)),
+            ):
+                log.info("daemon.ready", socket=settings.socket, pid=os.getpid())
+                await daemon.until(stop)
         log.info("daemon.stopped")
 
 
@@ -127,7 +126,7 @@ class Daemon:
         }
 
     async def until(self, stop: asyncio.Event) -> None:
-        """Run the loops until the event; if one fails, all end and the error goes on."""
+        """Run the loops until the event; if one fails, all end, and so does the daemon."""
         async with asyncio.TaskGroup() as group:
             loops = [
                 group.create_task(self.sync.run()),
@@ -237,17 +236,23 @@ async def listening(runner: web.AppRunner, path: Path) -> AsyncIterator[None]:
     """Serve on a Unix socket for root alone; a stale one is replaced."""
     await runner.setup()
     try:
-        clear_stale(path)
-        await web.UnixSite(runner, str(path)).start()
-        path.chmod(0o600)
+        await start_site(runner, path)
         try:
             yield
         finally:
             path.unlink(missing_ok=True)
-    except OSError as error:
-        raise InvalidParameter(f"cannot listen on {path}: {error}") from None
     finally:
         await runner.cleanup()
+
+
+async def start_site(runner: web.AppRunner, path: Path) -> None:
+    """Listen; raises InvalidParameter if something stands in the way."""
+    try:
+        clear_stale(path)
+        await web.UnixSite(runner, str(path)).start()
+        path.chmod(0o600)
+    except OSError as error:
+        raise InvalidParameter(f"cannot listen on {path}: {error}") from None
 
 
 def clear_stale(path: Path) -> None:
@@ -293,10 +298,14 @@ def configure_logs(settings: Settings) -> None:
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
-            structlog.dev.ConsoleRenderer()
-            if console
-            else structlog.processors.JSONRenderer(),
+            *(
+                [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
+                if console
+                else [
+                    structlog.processors.format_exc_info,
+                    structlog.processors.JSONRenderer(),
+                ]
+            ),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),

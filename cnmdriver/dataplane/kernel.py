@@ -80,9 +80,10 @@ class Kernel:
 
     async def close(self) -> None:
         """Let go of sockets and threads; what is in the kernel stays."""
-        await self._sockets.close()
-        await self._nft.close()
-        await self._netlink.close()
+        async with self._lock:
+            await self._sockets.close()
+            await self._nft.close()
+            await self._netlink.close()
 
     async def apply(self, plan: Plan) -> None:
         """
@@ -137,12 +138,10 @@ class Kernel:
 
     async def routes(self) -> tuple[tuple[IPNetwork, str], ...]:
         """Return network and device of the host's routes, but the default and ours."""
-        names = {link.index: link.name for link in await self._links.outside()}
-        return tuple(
-            (network, names[index])
-            for network, index in await self._netlink.routes()
-            if index in names
-        )
+        links = await settled(self._links.outside())
+        names = {link.index: link.name for link in links}
+        routes = await settled(self._netlink.routes())
+        return tuple((net, names[index]) for net, index in routes if index in names)
 
     def changed_sysctls(self) -> dict[str, str]:
         """Return path and earlier value of each setting changed for good."""

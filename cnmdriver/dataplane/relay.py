@@ -58,11 +58,13 @@ class TcpRelay:
         listener: socket.socket,
         target: Target | None,
         *,
+        connect: float = CONNECT_SECONDS,
         watch: int = WATCH_SECONDS,
         connections: int = CONNECTIONS,
     ) -> None:
         self.target = target
         self._listener = listener
+        self._connect = connect
         self._watch = watch
         self._limit = connections
         self._tasks: set[asyncio.Task[None]] = set()
@@ -124,7 +126,7 @@ class TcpRelay:
             return
         with server:
             prepare(server, self._watch)
-            if await connected(server, (str(address), port)):
+            if await connected(server, (str(address), port), self._connect):
                 await joined(client, server, self._watch)
             else:
                 reset(client)
@@ -145,11 +147,13 @@ def reset(sock: socket.socket) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
 
 
-async def connected(sock: socket.socket, address: tuple[str, int]) -> bool:
-    """Connect within `CONNECT_SECONDS`, and tell whether it worked."""
+async def connected(
+    sock: socket.socket, address: tuple[str, int], seconds: float
+) -> bool:
+    """Connect in so much time, and tell whether it worked."""
     loop = asyncio.get_running_loop()
     try:
-        async with asyncio.timeout(CONNECT_SECONDS):
+        async with asyncio.timeout(seconds):
             await loop.sock_connect(sock, address)
     except OSError:
         return False

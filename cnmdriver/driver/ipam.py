@@ -172,11 +172,10 @@ class IpamDriver:
         taken = [*claims.taken(draft), *(route for route, _ in routes)]
         cidr = pools.free_pool(self.ranges, request.version, taken)
         if cidr is None:
-            ranges = [
-                str(r.base) for r in self.ranges if r.base.version == request.version
-            ]
+            version = request.version
+            ranges = [str(r.base) for r in self.ranges if r.base.version == version]
             raise Exhausted(
-                f"no IPv{request.version} pool is free in {', '.join(ranges) or 'none'}; "
+                f"no IPv{version} pool is free in {', '.join(ranges) or 'none'}; "
                 "remove a network, name one with --subnet, or set default_pools"
             )
         return self.make(draft, request.space, cidr, fresh)

@@ -19,39 +19,30 @@ from weakref import WeakValueDictionary
 
 import structlog
 
-from cnmdriver.driver import claims
+from cnmdriver.driver import claims, publishing
+from cnmdriver.driver.publishing import Publisher
 from cnmdriver.driver.site import Site
 from cnmdriver.errors import (
     Conflict,
     DriverError,
-    Exhausted,
     InvalidParameter,
-    KernelError,
     NotFound,
 )
 from cnmdriver.model import (
     Attachment,
     Endpoint,
-    IPAddress,
     IPInterface,
     Member,
     Network,
     Pool,
     PortRequest,
-    Published,
     Reservation,
     Subnet,
 )
-from cnmdriver.plan import bridge, devices, firewall, options, pools
+from cnmdriver.plan import devices, firewall, options, pools
 from cnmdriver.plan.modes import MODES
-from cnmdriver.plan.ops import Plan
 from cnmdriver.store import records
 from cnmdriver.store.view import Draft
-
-EPHEMERAL = range(49153, 65536)
-"""Host ports pynet chooses from: IANA's dynamic ports, as Docker's own drivers do."""
-TRIES = 128
-"""Host ports that are tried before a free one is given up."""
 
 log = structlog.get_logger()
 
@@ -63,6 +54,7 @@ class NetworkDriver:
         """Take the site, and the mode of networks that do not say theirs."""
         self.site = site
         self.mode = mode
+        self.publisher = Publisher(site)
         self.locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self.told: set[str] = set()
 
@@ -259,7 +251,7 @@ class NetworkDriver:
             await self.site.state.remove(
                 lambda draft: self.leave_network(draft, member)
             )
-            await self.clear(self.site.own(plan))
+            await self.site.clear(self.site.own(plan))
 
     def leave_network(self, draft: Draft, member: Member) -> None:
         """Delete this host's part in a network, and the network with its last part."""
@@ -383,7 +375,7 @@ class NetworkDriver:
                         draft.put(key, loose)
 
         await self.site.state.remove(decide)
-        await self.clear(plan)
+        await self.site.clear(plan)
 
     def find(self, docker_id: str, endpoint_id: str) -> Endpoint | None:
         """Return an endpoint of this host, None if there is none."""
@@ -403,13 +395,6 @@ class NetworkDriver:
                 f"{self.site.name(docker_id)}; disconnect the container and connect it"
             )
         return endpoint
-
-    async def clear(self, plan: Plan) -> None:
-        """Take a plan out of the kernel; what is left is the next audit's."""
-        try:
-            await self.site.dataplane.clear(plan)
-        except KernelError as error:
-            log.warning("kernel.not_cleared", error=str(error))
 
     # Sandboxes.
 
@@ -462,95 +447,19 @@ class NetworkDriver:
         is free.
         """
         async with self.locked(docker_id):
-            before = self.known(docker_id, endpoint_id)
+            endpoint = self.known(docker_id, endpoint_id)
             member = self.site.member(docker_id)
-            if firewall.closed(self.site.network(member)):
-                return
-            wishes = [bound_to(member.host_binding, wish, ipv6) for wish in ports]
-            endpoint = replace(before, published=())
-            try:
-                for wish in wishes:
-                    port = await self.hold(before, endpoint, wish)
-                    published = (*endpoint.published, port)
-                    endpoint = replace(endpoint, published=published)
-                await self.publish(before, endpoint)
-            except DriverError:
-                await self.publish(endpoint, before)
-                raise
-
-    async def hold(
-        self, before: Endpoint, endpoint: Endpoint, wish: PortRequest
-    ) -> Published:
-        """Find a host port for a wish and hold it."""
-        kept = next((p for p in before.published if fits(p, wish)), None)
-        if kept is not None and kept not in endpoint.published:
-            return kept
-        taken = {
-            (p.protocol, p.host_port)
-            for member in self.site.members()
-            for other in self.site.endpoints(member.network)
-            for p in other.published
-            if other.id != endpoint.id
-        } | {(p.protocol, p.host_port) for p in endpoint.published}
-        refused: Conflict | None = None
-        for number in candidates(wish):
-            port = Published(
-                protocol=wish.protocol,
-                port=wish.port,
-                host_ip=wish.host_ip,
-                host_port=number,
-            )
-            if not wish.host_port and (wish.protocol, number) in taken:
-                continue
-            try:
-                self.check_free(endpoint, port)
-                await self.site.dataplane.apply((bridge.hold(port, endpoint),))
-            except Conflict as error:
-                refused = error
-            else:
-                return port
-        if refused is not None and wish.host_port == wish.host_port_end:
-            raise refused
-        raise Exhausted(
-            f"no free host port for container port {wish.port}: tried "
-            f"{wish.host_port or EPHEMERAL.start} to "
-            f"{wish.host_port_end or EPHEMERAL.stop - 1}, the last: {refused}"
-        )
-
-    def check_free(self, endpoint: Endpoint, port: Published) -> None:
-        """Raise Conflict if another endpoint of this host has published the port."""
-        for member in self.site.members():
-            for other in self.site.endpoints(member.network):
-                clash = any(clashing(port, theirs) for theirs in other.published)
-                if clash and other.id != endpoint.id:
-                    raise Conflict(
-                        f"host port {port.host_port} is published by "
-                        f"{self.site.name(other.id)}; choose another host port"
-                    )
-
-    async def publish(self, before: Endpoint, after: Endpoint) -> None:
-        """Change what an endpoint publishes, in the store and then in the kernel."""
-        old, new = self.site.endpoint_plan(before), self.site.endpoint_plan(after)
-        keys = {op.key for op in new}
-        await self.put(after)
-        await self.clear(tuple(op for op in old if op.key not in keys))
-        await self.site.dataplane.apply(new)
+            if not firewall.closed(self.site.network(member)):
+                binding = member.host_binding
+                wishes = [publishing.bound_to(binding, w, ipv6=ipv6) for w in ports]
+                await self.publisher.publish(endpoint, wishes)
 
     async def revoke(self, docker_id: str, endpoint_id: str) -> None:
         """Take back what is published; unknown endpoints publish nothing."""
         async with self.locked(docker_id):
-            before = self.find(docker_id, endpoint_id)
-            if before is None or not before.published:
-                return
-            after = replace(before, published=())
-            key = records.endpoint(after.network, after.id)
-            try:
-                await self.site.state.commit(lambda draft: draft.put(key, after))
-            except DriverError as error:
-                log.warning("store.deferred", error=str(error))
-            old, new = self.site.endpoint_plan(before), self.site.endpoint_plan(after)
-            keys = {op.key for op in new}
-            await self.clear(tuple(op for op in old if op.key not in keys))
+            endpoint = self.find(docker_id, endpoint_id)
+            if endpoint is not None and endpoint.published:
+                await self.publisher.withdraw(endpoint)
 
     # Swarm's manager, and Docker's news of other nodes.
 
@@ -593,48 +502,3 @@ def attachment(network: Network, member: Member, endpoint: Endpoint) -> Attachme
         gateway6=next((g for g in gateways if isinstance(g, IPv6Address)), None),
         disable_gateway_service=network.gateway == "pynet",
     )
-
-
-def bound_to(binding: IPAddress | None, wish: PortRequest, ipv6: bool) -> PortRequest:
-    """Give a wish without a host address the network's, if it has one."""
-    if wish.host_ip is not None:
-        return wish
-    if binding is not None:
-        return replace(wish, host_ip=binding)
-    return wish if ipv6 else replace(wish, host_ip=IPv4Address(0))
-
-
-def fits(port: Published, wish: PortRequest) -> bool:
-    """Tell whether a published port is what a wish asks for."""
-    low = wish.host_port or EPHEMERAL.start
-    high = wish.host_port_end or wish.host_port or EPHEMERAL.stop - 1
-    return (
-        (port.protocol, port.port) == (wish.protocol, wish.port)
-        and port.host_ip == wish.host_ip
-        and low <= port.host_port <= high
-    )
-
-
-def candidates(wish: PortRequest) -> Iterator[int]:
-    """Yield the host ports to try for a wish."""
-    if wish.host_port:
-        end = max(wish.host_port, wish.host_port_end)
-        yield from range(wish.host_port, end + 1)
-    else:
-        # From a place that differs for each container port, so that first tries meet
-        # seldom.
-        start = (wish.port * 127 + wish.protocol) % len(EPHEMERAL)
-        for turn in range(TRIES):
-            yield EPHEMERAL[(start + turn) % len(EPHEMERAL)]
-
-
-def clashing(one: Published, other: Published) -> bool:
-    """Tell whether two published ports would take the same packets."""
-    if (one.protocol, one.host_port) != (other.protocol, other.host_port):
-        return False
-    if one.host_ip is None or other.host_ip is None:
-        return True
-    if one.host_ip.version != other.host_ip.version:
-        return False
-    wild = firewall.unspecified(one.host_ip)
-    return one.host_ip == other.host_ip or wild in (one.host_ip, other.host_ip)

@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from cnmdriver.errors import NotFound
+import structlog
+
+from cnmdriver.errors import KernelError, NotFound
 from cnmdriver.model import Endpoint, Host, IPNetwork, Member, Network
 from cnmdriver.plan import devices, firewall, ops
 from cnmdriver.plan.modes import MODES
@@ -17,6 +19,8 @@ from cnmdriver.plan.ops import Plan
 from cnmdriver.store import records
 from cnmdriver.store.state import State
 from cnmdriver.store.view import View
+
+log = structlog.get_logger()
 
 
 class Dataplane(Protocol):
@@ -127,3 +131,10 @@ class Site:
         """Return what only this plan wants, and nothing else any more."""
         kept = ops.union(self.network_plan(member) for member in self.members())
         return ops.without(plan, kept)
+
+    async def clear(self, plan: Plan) -> None:
+        """Take a plan out of the kernel; what is left is the next audit's."""
+        try:
+            await self.dataplane.clear(plan)
+        except KernelError as error:
+            log.warning("kernel.not_cleared", error=str(error))

@@ -1,8 +1,8 @@
 """
 Sync: brings kernel, store and Docker's own list into agreement, at start and for good.
 
-One loop: whatever happens sets *dirty*, the loop drains it and compares everything once.
-A timer (*audit*) does so too, so that a missed event costs time and nothing else.
+One loop: whatever happens sets *dirty*; the loop drains it and compares everything
+once. A timer (*audit*) does so too: a missed event costs time and nothing else.
 
 Who decides what ends: a local endpoint ends by Docker's call, by `pynet endpoint rm`,
 or because Docker's own list has been without it for the grace time; never because the

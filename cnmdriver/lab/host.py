@@ -197,7 +197,8 @@ route add ::/0 via {self.underlay.address6}
         env: Mapping[str, str],
         ready: Callable[[], bool],
     ) -> None:
-        if name in self._services:
+        known = self._services.get(name)
+        if known is not None and known.process.poll() is None:
             raise LabError(f"{name} runs on {self.name} already: stop it first")
         with (self.directory / f"{name}.log").open("a", encoding="utf-8") as log:
             child = subprocess.Popen(  # noqa: S603 - an argument list, no shell

@@ -43,8 +43,12 @@ table inet pynet {
 	set masq6    { type ipv6_addr; flags interval; }
 	map any4     { type inet_proto . inet_service : ipv4_addr . inet_service; }
 	map any6     { type inet_proto . inet_service : ipv6_addr . inet_service; }
-	map bound4   { type ipv4_addr . inet_proto . inet_service : ipv4_addr . inet_service; }
-	map bound6   { type ipv6_addr . inet_proto . inet_service : ipv6_addr . inet_service; }
+	map bound4   {
+		type ipv4_addr . inet_proto . inet_service : ipv4_addr . inet_service;
+	}
+	map bound6   {
+		type ipv6_addr . inet_proto . inet_service : ipv6_addr . inet_service;
+	}
 
 	chain guard {
 		type filter hook prerouting priority raw; policy accept;

@@ -335,7 +335,7 @@ class Difference:
 
 
 def compare(wanted: Plan, found: Plan) -> Difference:
-    """Compare all plans with all that is found; settings kept for good are no surplus."""
+    """Compare all plans with all that is found; kept settings are never surplus."""
     have = {op.key: op for op in found}
     want = {op.key for op in wanted}
     pairs = [(op, have[op.key]) for op in wanted if op.key in have]

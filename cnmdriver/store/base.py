@@ -42,6 +42,10 @@ class Change:
         """Tell whether it would write anything."""
         return bool(self.puts or self.deletes)
 
+    def written(self) -> frozenset[str]:
+        """Return the keys it writes."""
+        return self.deletes.union(self.puts)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:

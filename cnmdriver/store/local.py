@@ -1,9 +1,8 @@
 """
 What a host keeps for itself: who it is, and the outbox.
 
-The *outbox* holds removals the store could not take, in order. Removing always
-succeeds for Docker; what is not yet in the store is written here first and replayed
-when the store is back.
+The *outbox* holds changes the store could not take, in order. Removing always succeeds
+for Docker; what is not yet in the store is written here and replayed when it is back.
 """
 
 import asyncio
@@ -15,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
+from cnmdriver.store.base import Change
 from cnmdriver.store.sqlite import mapped
 
 T = TypeVar("T")
@@ -22,7 +22,7 @@ T = TypeVar("T")
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS outbox (
-    number INTEGER PRIMARY KEY AUTOINCREMENT, deletes TEXT NOT NULL
+    number INTEGER PRIMARY KEY AUTOINCREMENT, change TEXT NOT NULL
 );
 """
 
@@ -46,11 +46,11 @@ class LocalDatabase:
         await self.call("close", self._close)
         self.thread.shutdown(wait=False)
 
-    async def remember(self, deletes: frozenset[str]) -> int:
-        """Append keys to delete to the outbox and return their number."""
-        return await self.call("write", lambda: self._append(deletes))
+    async def remember(self, change: Change) -> int:
+        """Append a change to the outbox and return its number."""
+        return await self.call("write", lambda: self._append(change))
 
-    async def pending(self) -> list[tuple[int, frozenset[str]]]:
+    async def pending(self) -> list[tuple[int, Change]]:
         """Return what the outbox holds, oldest first."""
         return await self.call("read", self._pending)
 
@@ -93,15 +93,23 @@ class LocalDatabase:
             self.connection.close()
             self.connection = None
 
-    def _append(self, deletes: frozenset[str]) -> int:
-        row = self.db.execute(
-            "INSERT INTO outbox (deletes) VALUES (?)", (json.dumps(sorted(deletes)),)
-        )
+    def _append(self, change: Change) -> int:
+        puts = {key: value.decode() for key, value in change.puts.items()}
+        text = json.dumps({"puts": puts, "deletes": sorted(change.deletes)})
+        row = self.db.execute("INSERT INTO outbox (change) VALUES (?)", (text,))
         return int(row.lastrowid or 0)
 
-    def _pending(self) -> list[tuple[int, frozenset[str]]]:
-        rows = self.db.execute("SELECT number, deletes FROM outbox ORDER BY number")
-        return [(number, frozenset(json.loads(keys))) for number, keys in rows]
+    def _pending(self) -> list[tuple[int, Change]]:
+        rows = self.db.execute("SELECT number, change FROM outbox ORDER BY number")
+        return [(number, _read(text)) for number, text in rows]
 
     def _forget(self, number: int) -> None:
         self.db.execute("DELETE FROM outbox WHERE number = ?", (number,))
+
+
+def _read(text: str) -> Change:
+    found = json.loads(text)
+    return Change(
+        puts={key: value.encode() for key, value in found["puts"].items()},
+        deletes=frozenset(found["deletes"]),
+    )

@@ -14,6 +14,7 @@ import fcntl
 import sqlite3
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import IO, TypeVar
 
@@ -146,7 +147,7 @@ class SqliteStore:
             # The condition is taken first: a commit in between still wakes us.
             async with self.written:
                 batches, newest = await self.call(
-                    "watch", lambda: self._events(prefix, start)
+                    "watch", partial(self._events, prefix, start)
                 )
                 if not batches:
                     start = newest + 1

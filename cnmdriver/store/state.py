@@ -33,7 +33,7 @@ PAUSE = 1.0
 """Seconds before the store is tried again when it was away."""
 
 OWN = ("endpoints/", "members/", "addresses/")
-"""Records with one writer: a host deletes its own without looking."""
+"""Records with one writer: a host changes its own without looking."""
 
 log = structlog.get_logger()
 
@@ -113,9 +113,9 @@ class State:
 
     async def remove(self, decision: Decision[T]) -> T:
         """
-        Decide on a removal and write it; never fails for the store's sake.
+        Take something back and write that; never fails for the store's sake.
 
-        If the store is away, what it deletes of this host's own records goes to the
+        If the store is away, what it changes of this host's own records goes to the
         outbox and is replayed; what hosts share is left to a later audit.
         """
         try:
@@ -123,19 +123,20 @@ class State:
         except StoreError as error:
             draft = Draft(self.view)
             result = decision(draft)
-            log.warning("store.deferred", keys=len(draft.deletes), error=str(error))
-            deletes = frozenset(k for k in draft.deletes if k.startswith(OWN))
+            change = own(draft.change())
+            log.warning(
+                "store.deferred", keys=sorted(change.written()), error=str(error)
+            )
             # Nothing may stop a removal: at worst the next audit does it again.
             with contextlib.suppress(StoreError):
-                await self.local.remember(deletes)
-            for key in deletes:
-                self.view.write(key, None, self.view.seen(key) + 1)
+                await self.local.remember(change)
+            for key in change.written():
+                self.view.write(key, change.puts.get(key), self.view.seen(key) + 1)
             return result
 
     async def replay(self) -> None:
         """Write what the outbox holds, oldest first."""
-        for number, deletes in await self.local.pending():
-            change = Change(deletes=deletes)
+        for number, change in await self.local.pending():
             self.take(change, await self.store.commit(change))
             await self.local.done(number)
 
@@ -182,3 +183,11 @@ class State:
             else:
                 log.warning("store.away", error=reason)
         self.away = reason
+
+
+def own(change: Change) -> Change:
+    """Return the part of a change that no other host may contradict."""
+    return Change(
+        puts={k: v for k, v in change.puts.items() if k.startswith(OWN)},
+        deletes=frozenset(k for k in change.deletes if k.startswith(OWN)),
+    )

@@ -126,6 +126,26 @@ def links() -> dict[str, object]:
     return {link["ifname"]: steady(link) for link in found}
 
 
+def addresses() -> list[str]:
+    """Read all addresses, without the index of their device."""
+    lines = run("ip", "-o", "addr").splitlines()
+    return sorted(line.partition(":")[2] for line in lines)
+
+
+def ruleset() -> str:
+    """Read all rules; tables and chains in an order that does not tell their age."""
+    tables = run("nft", "-s", "list", "ruleset").split("\n}\n")
+    return "".join(sorted(table(text) for text in tables if text))
+
+
+def table(text: str) -> str:
+    """Sort the chains of a table."""
+    head, _, body = text.partition("\n")
+    parts = (part.strip("\n") for part in body.split("\n\t}"))
+    inner = "\n\t}\n".join(sorted(part for part in parts if part))
+    return f"{head}\n{inner}\n\t}}\n}}\n" if inner else f"{head}\n}}\n"
+
+
 def settings() -> dict[str, str]:
     """Read the settings that plans touch."""
     root = Path("/proc/sys")
@@ -137,9 +157,9 @@ def dump() -> dict[str, object]:
     """Read everything a plan can change."""
     return {
         "links": links(),
-        "addresses": run("ip", "-o", "addr"),
+        "addresses": addresses(),
         "routes": run("ip", "route") + run("ip", "-6", "route"),
-        "nft": run("nft", "-s", "list", "ruleset"),
+        "nft": ruleset(),
         "settings": settings(),
         "sockets": run("ss", "-Hlntu"),
     }

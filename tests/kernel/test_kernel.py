@@ -675,6 +675,29 @@ async def test_errno_is_named(kernel):
     assert f"adding address fd00::1/64 to {bridge.name} failed" in str(caught.value)
 
 
+async def test_commands_do_the_same(kernel, plan):
+    """The commands of a plan, typed by hand, make what apply makes."""
+    for tool in ("iptables", "ip6tables"):
+        run(tool, "-N", "DOCKER-USER")
+        run(tool, "-I", "FORWARD", "-j", "DOCKER-USER")
+    for op in plan:
+        for words in op.commands():
+            run(*words)
+    holds = [op for op in plan if isinstance(op, Hold)]
+    difference = compare(plan, await kernel.found(plan))
+    assert difference.lacking == tuple(holds)
+    assert not difference.changed
+    assert not difference.surplus
+    before = without_sockets(dump()), indexes()
+    await kernel.apply(plan)
+    assert (without_sockets(dump()), indexes()) == before
+
+
+def without_sockets(state):
+    """Leave out the sockets of this process, for which there is no command."""
+    return {**state, "sockets": ""}
+
+
 async def test_table_stays_for_others(kernel):
     """The table is made once, and clearing one network's elements leaves it."""
     await kernel.apply(PLAN)

@@ -1,0 +1,66 @@
+"""`pynet serve`: the daemon. Its options are the fields of `Settings`."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cnmdriver import settings
+from cnmdriver.errors import InvalidParameter
+
+BAD_SETTINGS = 2
+
+
+def every_setting(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command an option for each setting."""
+    for name, field in reversed(settings.FIELDS.items()):
+        choices = field.metadata["choices"]
+        shown = f"{field.default:g}" if isinstance(field.default, float) else field.default
+        default = f"  [default: {shown}]" if shown else ""
+        command = click.option(
+            "--" + name.replace("_", "-"),
+            name,
+            type=click.Choice(choices) if choices else str,
+            metavar=None if choices else metavar(field.default),
+            help=capital(field.metadata["help"]) + "." + default,
+        )(command)
+    return command
+
+
+def metavar(default: object) -> str:
+    """Return what the help calls a value."""
+    return "SECONDS" if isinstance(default, float) else "TEXT"
+
+
+def capital(text: str) -> str:
+    """Begin with a capital letter and leave the rest as it is."""
+    return text[:1].upper() + text[1:]
+
+
+@click.command()
+@every_setting
+@click.option(
+    "--config",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help=f"Settings file.  [default: {settings.FILE}, if it is there]",
+)
+def serve(config: Path | None, **given: Any) -> None:
+    """
+    Run the daemon until it is told to stop.
+
+    Every option can also be a line in the settings file (host_name = "a") or a variable
+    (PYNET_HOST_NAME); the command line wins over variables, and these over the file.
+    """
+    try:
+        loaded = settings.load(given, os.environ, config)
+    except InvalidParameter as error:
+        click.echo(f"pynet: {error}", err=True)
+        sys.exit(BAD_SETTINGS)
+    # Imported late, so that a bad setting and --help answer at once.
+    from cnmdriver.daemon import run  # noqa: PLC0415
+
+    sys.exit(run(loaded))

@@ -1,0 +1,156 @@
+"""
+Published ports: which host port an endpoint gets, and how it changes hands.
+
+A host port is first *held* by a socket, so that no other program, Docker included, has
+it or can take it; then the endpoint's record says so, and only then does the kernel
+translate it. Revoking goes the other way round.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from ipaddress import IPv4Address
+
+from cnmdriver.driver.site import Site
+from cnmdriver.errors import Conflict, DriverError, Exhausted
+from cnmdriver.model import Endpoint, IPAddress, PortRequest, Published
+from cnmdriver.plan import bridge, firewall
+from cnmdriver.plan.ops import Plan
+from cnmdriver.store import records
+
+EPHEMERAL = range(49153, 65536)
+"""Host ports pynet chooses from: IANA's dynamic ports, as Docker's own drivers do."""
+TRIES = 128
+"""Host ports that are tried before a free one is given up."""
+
+
+class Publisher:
+    """Publishes ports of this host's endpoints; its callers hold the lock."""
+
+    def __init__(self, site: Site) -> None:
+        """Work on a site."""
+        self.site = site
+
+    async def publish(self, before: Endpoint, wishes: Sequence[PortRequest]) -> None:
+        """Publish all that is wished and nothing else, or leave all as it was."""
+        endpoint = replace(before, published=())
+        try:
+            for wish in wishes:
+                port = await self.hold(before, endpoint, wish)
+                endpoint = replace(endpoint, published=(*endpoint.published, port))
+            await self.change(before, endpoint)
+        except DriverError:
+            await self.change(endpoint, before)
+            raise
+
+    async def hold(
+        self, before: Endpoint, endpoint: Endpoint, wish: PortRequest
+    ) -> Published:
+        """Find a host port for a wish and hold it; one it had already is kept."""
+        kept = next((p for p in before.published if fits(p, wish)), None)
+        if kept is not None and kept not in endpoint.published:
+            return kept
+        refused: Conflict | None = None
+        for number in candidates(wish):
+            port = Published(
+                protocol=wish.protocol,
+                port=wish.port,
+                host_ip=wish.host_ip,
+                host_port=number,
+            )
+            try:
+                self.check_free(endpoint, port)
+                await self.site.dataplane.apply((bridge.hold(port, endpoint),))
+            except Conflict as error:
+                refused = error
+            else:
+                return port
+        if refused is not None and wish.host_port == wish.host_port_end != 0:
+            raise refused
+        raise Exhausted(
+            f"no free host port for container port {wish.port}: tried "
+            f"{wish.host_port or EPHEMERAL.start} to "
+            f"{wish.host_port_end or EPHEMERAL.stop - 1}, the last: {refused}"
+        )
+
+    def check_free(self, endpoint: Endpoint, port: Published) -> None:
+        """Raise Conflict if this or another endpoint of this host has published it."""
+        for other in (endpoint, *self.others(endpoint)):
+            if any(clashing(port, theirs) for theirs in other.published):
+                raise Conflict(
+                    f"host port {port.host_port} is published by "
+                    f"{self.site.name(other.id)}; choose another host port"
+                )
+
+    def others(self, endpoint: Endpoint) -> Iterator[Endpoint]:
+        """Yield all other endpoints of this host."""
+        for member in self.site.members():
+            for other in self.site.endpoints(member.network):
+                if other.id != endpoint.id:
+                    yield other
+
+    async def change(self, before: Endpoint, after: Endpoint) -> None:
+        """Change what an endpoint publishes, in the store and then in the kernel."""
+        key = records.endpoint(after.network, after.id)
+        await self.site.state.commit(lambda draft: draft.put(key, after))
+        await self.site.clear(self.gone(before, after))
+        await self.site.dataplane.apply(self.site.endpoint_plan(after))
+
+    async def withdraw(self, before: Endpoint) -> None:
+        """Publish nothing any more; never fails."""
+        after = replace(before, published=())
+        key = records.endpoint(after.network, after.id)
+        await self.site.state.remove(lambda draft: draft.put(key, after))
+        await self.site.clear(self.gone(before, after))
+
+    def gone(self, before: Endpoint, after: Endpoint) -> Plan:
+        """Return what only the earlier state of an endpoint wanted."""
+        kept = {op.key for op in self.site.endpoint_plan(after)}
+        plan = self.site.endpoint_plan(before)
+        return tuple(op for op in plan if op.key not in kept)
+
+
+def bound_to(
+    binding: IPAddress | None, wish: PortRequest, *, ipv6: bool
+) -> PortRequest:
+    """Give a wish without a host address the network's, if it has one."""
+    if wish.host_ip is not None:
+        return wish
+    if binding is not None:
+        return replace(wish, host_ip=binding)
+    return wish if ipv6 else replace(wish, host_ip=IPv4Address(0))
+
+
+def fits(port: Published, wish: PortRequest) -> bool:
+    """Tell whether a published port is what a wish asks for."""
+    low = wish.host_port or EPHEMERAL.start
+    high = wish.host_port_end or wish.host_port or EPHEMERAL.stop - 1
+    return (
+        (port.protocol, port.port) == (wish.protocol, wish.port)
+        and port.host_ip == wish.host_ip
+        and low <= port.host_port <= high
+    )
+
+
+def candidates(wish: PortRequest) -> Iterator[int]:
+    """Yield the host ports to try for a wish."""
+    if wish.host_port:
+        end = max(wish.host_port, wish.host_port_end)
+        yield from range(wish.host_port, end + 1)
+    else:
+        # From a place that differs for each container port, so that first tries meet
+        # seldom.
+        start = (wish.port * 127 + wish.protocol) % len(EPHEMERAL)
+        for turn in range(TRIES):
+            yield EPHEMERAL[(start + turn) % len(EPHEMERAL)]
+
+
+def clashing(one: Published, other: Published) -> bool:
+    """Tell whether two published ports would take the same packets."""
+    if (one.protocol, one.host_port) != (other.protocol, other.host_port):
+        return False
+    if one.host_ip is None or other.host_ip is None:
+        return True
+    if one.host_ip.version != other.host_ip.version:
+        return False
+    wild = firewall.unspecified(one.host_ip)
+    return one.host_ip == other.host_ip or wild in (one.host_ip, other.host_ip)

@@ -1,0 +1,223 @@
+"""
+Plans as the commands a person would type: whole, in order, to be run by `bash -e`.
+
+What Docker does itself is printed too, below a line that begins with `# Docker:`, so
+that an empty network namespace ends as the host is. Names come from users: in a comment
+they are stripped of everything that could end the line.
+"""
+
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import PurePosixPath
+
+from cnmdriver.driver.network import attachment
+from cnmdriver.driver.site import Site
+from cnmdriver.model import Endpoint, IPAddress, Member, Network
+from cnmdriver.plan import ops
+from cnmdriver.plan.ops import (
+    Accept,
+    Address,
+    Bridge,
+    Command,
+    Element,
+    Hold,
+    Key,
+    Op,
+    Plan,
+    Sysctl,
+    Table,
+    Veth,
+)
+from cnmdriver.store import records
+
+PURPOSES: dict[type[Op], str] = {
+    Table: "the chains every packet of ours passes, and the sets they look into",
+    Element: "what the sets know",
+    Accept: "let our devices pass the host's own FORWARD chain",
+    Bridge: "the bridge",
+    Address: "the gateway's addresses",
+    Veth: "a pair: one end is a port of the bridge, the other is for the sandbox",
+    Hold: "the daemon keeps the published ports from other programs",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A network or an endpoint: what to call it, its plan, and what Docker adds."""
+
+    title: str
+    plan: Plan = ()
+    docker: tuple[Command, ...] = ()
+    remark: str = ""
+
+
+def explain(site: Site, members: Iterable[Member]) -> str:
+    """Return the commands for these networks, with what is attached to them here."""
+    return script(site.host.name, parts(site, list(members)))
+
+
+def script(host: str, listed: Iterable[Part]) -> str:
+    """Write parts in order; what several of them share comes once, at its first."""
+    lines = [
+        f"# What pynet holds on host {clean(host)}, as commands for root. To try them:",
+        "#   unshare --net --mount sh -c 'mount -t tmpfs none /run; bash -e -s' <FILE",
+        '# What stands below a line with "# Docker:" is done by Docker itself.',
+    ]
+    shown: set[Key] = set()
+    for part in listed:
+        fresh = tuple(op for op in ops.union((part.plan,)) if op.key not in shown)
+        shown.update(op.key for op in fresh)
+        lines += ["", f"# {'=' * 8} {clean(part.title)}"]
+        for purpose, group in groupby(fresh, key=purpose_of):
+            lines += block(purpose, tuple(group))
+        lines += docker(part)
+    return "\n".join(lines) + "\n"
+
+
+def purpose_of(op: Op) -> str:
+    """Say what an operation is for."""
+    if isinstance(op, Sysctl):
+        return "settings of the bridge" if op.device else "let the host route"
+    return PURPOSES[type(op)]
+
+
+def block(purpose: str, group: Plan) -> Iterator[str]:
+    """Yield the lines of operations that have one purpose."""
+    chains = [c for op in group if isinstance(op, Accept) for c in chain(op.version)]
+    if chains:
+        yield from ("", "# Docker: the chain it leaves to others", *map(line, chains))
+    yield from ("", f"# {purpose}")
+    for op in group:
+        if isinstance(op, Hold):
+            yield f"# - {held(op)}"
+        yield from map(line, op.commands())
+
+
+def chain(version: int) -> tuple[Command, ...]:
+    """Return how Docker makes the chain our rules stand in."""
+    tool = "iptables" if version == 4 else "ip6tables"
+    return (
+        (tool, "-w", "5", "-N", "DOCKER-USER"),
+        (tool, "-w", "5", "-I", "FORWARD", "-j", "DOCKER-USER"),
+    )
+
+
+def held(op: Hold) -> str:
+    """Name a port the daemon holds."""
+    _, _, protocol, address, port = op.key
+    where = "" if address == "*" else f" of {address}"
+    return f"{port}/{protocol}{where}"
+
+
+def docker(part: Part) -> Iterator[str]:
+    """Yield what Docker adds to a part."""
+    if part.docker:
+        yield from ("", "# Docker: the sandbox", *map(line, part.docker))
+    if part.remark:
+        yield from ("", f"# {part.remark}")
+
+
+def line(command: Command) -> str:
+    """Write a command as bash reads it; a brace that stands alone needs no quotes."""
+    return " ".join(w if w in ("{", "}") else shlex.quote(w) for w in command)
+
+
+def clean(text: str) -> str:
+    """Make a user's text safe for a comment: one line, nothing invisible."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def parts(site: Site, members: list[Member]) -> Iterator[Part]:
+    """Yield each network, followed by what is attached to it here."""
+    members.sort(key=lambda m: (site.name(m.docker_id), m.docker_id))
+    seats = {s.endpoint.id: s for s in seated(site, members)}
+    for member in members:
+        name = site.name(member.docker_id)
+        network = site.view.get(Network, records.network(member.network))
+        if network is None:
+            yield Part(title=f"network {name}", remark="it has no record in the store")
+            continue
+        pools = " ".join(str(s.pool) for s in network.subnets)
+        yield Part(title=f"network {name} {pools}", plan=site.network_plan(member))
+        for endpoint in site.endpoints(member.network):
+            seat = seats.get(endpoint.id)
+            yield Part(
+                title=f"endpoint {site.name(endpoint.id)} on network {name}",
+                plan=site.endpoint_plan(endpoint),
+                docker=seat.commands() if seat else (),
+                remark=remark(network, seat),
+            )
+
+
+def remark(network: Network, seat: "Seat | None") -> str:
+    """Say what a reader would miss."""
+    if seat is None:
+        return "it has not joined a sandbox: nothing holds for it yet"
+    if network.gateway == "docker" and not network.internal:
+        return "Docker: the way out is a device of its own, on docker_gwbridge"
+    return ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seat:
+    """A device in a sandbox, with what Docker does to put it there."""
+
+    endpoint: Endpoint
+    source: str
+    device: str
+    opens: bool
+    gateways: tuple[IPAddress, ...]
+
+    def commands(self) -> tuple[Command, ...]:
+        """Return what Docker does after Join, as commands."""
+        sandbox = PurePosixPath(self.endpoint.sandbox).name
+        inside = ("ip", "-n", sandbox)
+        return (
+            *((("ip", "netns", "add", sandbox),) if self.opens else ()),
+            ("ip", "link", "set", self.source, "netns", sandbox, "name", self.device),
+            (*inside, "link", "set", self.device, "address", self.endpoint.mac),
+            *(
+                (*inside, "addr", "add", str(a), "dev", self.device)
+                + (("nodad",) if a.version == 6 else ())
+                for a in self.endpoint.addresses
+            ),
+            (*inside, "link", "set", self.device, "up"),
+            *(
+                (*inside, f"-{g.version}", "route", "add", "default", "via", str(g))
+                for g in self.gateways
+            ),
+        )
+
+
+def seated(site: Site, members: list[Member]) -> Iterator[Seat]:
+    """Yield a seat for each endpoint that has joined; a sandbox has one way out."""
+    joined = [
+        (member, endpoint, gateways(site, member, endpoint))
+        for member in members
+        for endpoint in site.endpoints(member.network)
+        if site.endpoint_plan(endpoint)
+    ]
+    most = sorted(joined, key=lambda j: -len(j[2]))
+    way = {e.sandbox: e.id for _, e, _ in reversed(most)}
+    devices = Counter[tuple[str, str]]()
+    opened: set[str] = set()
+    for member, endpoint, offered in joined:
+        number = devices[endpoint.sandbox, member.prefix]
+        devices[endpoint.sandbox, member.prefix] += 1
+        yield Seat(
+            endpoint=endpoint,
+            source=attachment(site.network(member), member, endpoint).device,
+            device=f"{member.prefix}{number}",
+            opens=endpoint.sandbox not in opened,
+            gateways=offered if way[endpoint.sandbox] == endpoint.id else (),
+        )
+        opened.add(endpoint.sandbox)
+
+
+def gateways(site: Site, member: Member, endpoint: Endpoint) -> tuple[IPAddress, ...]:
+    """Return the gateways an endpoint offers its sandbox, IPv4 first."""
+    given = attachment(site.network(member), member, endpoint)
+    return tuple(g for g in (given.gateway4, given.gateway6) if g is not None)

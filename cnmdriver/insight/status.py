@@ -1,0 +1,105 @@
+"""Is it well: the daemon, its store, Docker's door, and what needs attention."""
+
+import re
+from collections.abc import AsyncIterator, Iterable, Mapping
+
+from cnmdriver.driver.site import Site
+from cnmdriver.errors import DriverError
+from cnmdriver.insight import kernel
+from cnmdriver.insight.report import Json, ports
+from cnmdriver.model import Reservation
+
+SECRET = re.compile(r"(?<=://)[^/@]*@")
+"""User and password in the address of a store."""
+SHOWN = 5
+"""How many of one kind are named; `pynet diff` and `pynet census` have them all."""
+
+
+async def status(site: Site, info: Mapping[str, object]) -> Json:
+    """
+    Return the state of this host's pynet.
+
+    `info` has what only the daemon knows of itself: `pid`, `uptime` in seconds, `store`
+    (its address), `docker` ("connected", "away" or "off"), and the sentences of
+    `problems` and the names of `orphans` that the last audit left.
+    """
+    attention = [sentence async for sentence in remarks(site, info)]
+    members = list(site.members())
+    held = site.view.all(Reservation, "addresses/")
+    return {
+        "well": not attention,
+        "attention": attention,
+        "daemon": {
+            "version": site.host.version,
+            "pid": info.get("pid"),
+            "uptime": info.get("uptime"),
+        },
+        "host": {"id": site.host.id, "name": site.host.name, "boot": site.boot},
+        "store": {
+            "url": SECRET.sub("", str(info.get("store", ""))),
+            "revision": site.view.revision,
+            "away": site.state.away,
+        },
+        "docker": info.get("docker"),
+        "networks": len(members),
+        "endpoints": sum(len(site.endpoints(m.network)) for m in members),
+        "ports": len(ports(site)),
+        "addresses": sum(r.host == site.host.id for r in held),
+    }
+
+
+async def remarks(site: Site, info: Mapping[str, object]) -> AsyncIterator[str]:
+    """Yield a sentence for everything a person should look at."""
+    if site.state.away is not None:
+        yield f"the store is away: {SECRET.sub('', site.state.away)}"
+    async for sentence in outbox(site):
+        yield sentence
+    for key, error in sorted(site.view.malformed.items()):
+        yield f"record {key} in the store cannot be read and is left out: {error}"
+    for name in strings(info.get("orphans")):
+        yield f"{name} is in use by a sandbox and in no record; pynet diff shows it"
+    for problem in strings(info.get("problems")):
+        yield f"the last audit could not mend the kernel: {problem}"
+    async for sentence in differences(site):
+        yield sentence
+
+
+def strings(value: object) -> list[str]:
+    """Return the texts of a list."""
+    return [str(v) for v in value] if isinstance(value, list | tuple) else []
+
+
+async def outbox(site: Site) -> AsyncIterator[str]:
+    """Say what waits to be written to the store."""
+    try:
+        pending = len(await site.state.local.pending())
+    except DriverError as error:
+        yield f"the local database cannot be read: {error}"
+        return
+    if pending:
+        yield f"{pending} removals wait for the store; they are written when it is back"
+
+
+async def differences(site: Site) -> AsyncIterator[str]:
+    """Say what is not in the kernel as it should be."""
+    try:
+        found = await kernel.difference(site)
+        foreign = await site.dataplane.foreign()
+    except DriverError as error:
+        yield f"the kernel cannot be read: {error}"
+        return
+    lines = list(found.lines())
+    if lines:
+        yield f"the kernel differs from the plans: {some(lines)}; see pynet diff"
+    for name, alias in sorted(foreign):
+        yield (
+            f"device {name} is another pynet's ({alias}) and left alone; if that "
+            f"daemon is gone for good, remove it with ip link del {name}"
+        )
+
+
+def some(lines: Iterable[str]) -> str:
+    """Name the first few."""
+    every = list(lines)
+    more = f" and {len(every) - SHOWN} more" if len(every) > SHOWN else ""
+    return ", ".join(every[:SHOWN]) + more
