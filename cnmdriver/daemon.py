@@ -126,7 +126,7 @@ class Daemon:
         }
 
     async def until(self, stop: asyncio.Event) -> None:
-        """Run the loops until the event; if one fails, all end, and so does the daemon."""
+        """Run the loops until the event; if one fails, all end and the daemon too."""
         async with asyncio.TaskGroup() as group:
             loops = [
                 group.create_task(self.sync.run()),

@@ -192,8 +192,8 @@ def _handler(
             if not clock.expired():
                 raise
             raise StoreError(
-                f"this did not end within {limit:g} s: the store or the kernel does not "
-                "answer; try again"
+                f"this did not end within {limit:g} s: the store or the kernel does "
+                "not answer; try again"
             ) from error
 
     return handle

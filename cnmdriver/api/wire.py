@@ -452,19 +452,11 @@ class RequestPool(Message, frozen=True, kw_only=True):
 
     def pools(self) -> tuple[IPNetwork | None, IPNetwork | None]:
         """Return the pool and its sub-pool (`--subnet` and `--ip-range`)."""
-        pool = _network(self.pool, "Pool", self.version) if self.pool else None
-        if not self.sub_pool:
-            return pool, None
-        sub_pool = _network(self.sub_pool, "SubPool", self.version)
-        if pool is None:
-            raise InvalidParameter(
-                f"SubPool {sub_pool} needs a Pool: give --subnet with --ip-range"
-            )
-        if not _holds(pool, sub_pool):
-            raise InvalidParameter(
-                f"SubPool {sub_pool} must be inside Pool {pool}; change --ip-range"
-            )
-        return pool, sub_pool
+        version = self.version
+        return (
+            _network(self.pool, "Pool", version) if self.pool else None,
+            _network(self.sub_pool, "SubPool", version) if self.sub_pool else None,
+        )
 
     def ipam_options(self) -> Mapping[str, str]:
         """Return the user's `--ipam-opt` options."""
@@ -581,11 +573,6 @@ def _member(text: str, name: str, pool: IPNetwork) -> IPAddress:
             " length"
         )
     return found.ip
-
-
-def _holds(pool: IPNetwork, part: IPNetwork) -> bool:
-    """Tell whether a pool holds another one of the same family."""
-    return part.prefixlen >= pool.prefixlen and part.network_address in pool
 
 
 def _strings(options: Mapping[str, object] | None, flag: str) -> Mapping[str, str]:

@@ -4,6 +4,7 @@ from typing import Any
 
 import click
 
+from cnmdriver.cli import table
 from cnmdriver.cli.client import Client
 from cnmdriver.cli.options import asks, show_json
 
@@ -21,18 +22,197 @@ def network_ls(client: Client, *, as_json: bool) -> None:
     if as_json:
         show_json(found)
         return
-    from cnmdriver.cli import table  # noqa: PLC0415
-
     table.show(
-        ("Network", "Id", "Mode", "Subnets", "mtu", "Bridge", "endpoints"),
-        (
+        ("NETWORK", "ID", "MODE", "SUBNETS", "BRIDGE", "ENDPOINTS"),
+        [
             (n["name"], table.short(n["id"]), n["mode"])
-            + (pools(n), n["mtu"], n["bridge"], n["endpoints"])
+            + (column(s["pool"] for s in n["subnets"]), n["bridge"], n["endpoints"])
             for n in found
-        ),
+        ],
     )
 
 
-def pools(found: Any) -> str:
-    """Return the pools of a network, a line each."""
-    return "\n".join(subnet["pool"] for subnet in found["subnets"])
+@network.command("inspect")
+@click.argument("name")
+@asks
+def network_inspect(client: Client, name: str, *, as_json: bool) -> None:
+    """Show one network, by its name or the start of its id."""
+    found = client.get("networks", name)
+    if as_json:
+        show_json(found)
+        return
+    table.show(("", ""), facts(found))
+    if found["members"]:
+        click.echo()
+        show_endpoints(found["members"])
+
+
+def facts(found: Any) -> list[tuple[str, object]]:
+    """Return what to say of a network, a line each."""
+    said = ("name", "id", "mode", "bridge", "mtu", "internal", "icc", "masquerade")
+    options = (f"{key}={value}" for key, value in found["options"].items())
+    return [
+        *((name, yes_or_no(found[name])) for name in said),
+        ("default route", found["gateway"]),
+        ("subnets", column(described(s) for s in found["subnets"])),
+        ("options", column(options)),
+        ("hosts", found["hosts"]),
+        ("endpoints", found["endpoints"]),
+    ]
+
+
+def described(subnet: Any) -> str:
+    """Return a subnet with its gateway."""
+    gateway = f", gateway {subnet['gateway']}" if subnet["gateway"] else ""
+    return f"{subnet['pool']}{gateway}"
+
+
+@click.group()
+def endpoint() -> None:
+    """Show and remove endpoints."""
+
+
+@endpoint.command("ls")
+@asks
+def endpoint_ls(client: Client, *, as_json: bool) -> None:
+    """List the endpoints of this host."""
+    found = client.get("endpoints")
+    if as_json:
+        show_json(found)
+    else:
+        show_endpoints(found)
+
+
+def show_endpoints(found: Any) -> None:
+    """Print endpoints."""
+    table.show(
+        ("ENDPOINT", "ID", "NETWORK", "ADDRESSES", "DEVICE", "JOINED"),
+        [
+            (e["name"], table.short(e["id"]), e["network"])
+            + (column(e["addresses"]), e["device"], yes_or_no(e["joined"]))
+            for e in found
+        ],
+    )
+
+
+@endpoint.command("rm")
+@click.argument("name")
+@asks
+def endpoint_rm(client: Client, name: str, *, as_json: bool) -> None:
+    """
+    Remove an endpoint, by its name or the start of its id.
+
+    This is for what Docker left behind: a container that still runs loses its network.
+    """
+    done = client.delete("endpoints", name)
+    if as_json:
+        show_json(done)
+    else:
+        click.echo(
+            f"removed {table.clean(done['name'])} ({table.short(done['removed'])})"
+        )
+
+
+@click.group()
+def port() -> None:
+    """Show published ports."""
+
+
+@port.command("ls")
+@asks
+def port_ls(client: Client, *, as_json: bool) -> None:
+    """List the ports that this host publishes; docker port does not show them."""
+    found = client.get("ports")
+    if as_json:
+        show_json(found)
+        return
+    table.show(
+        ("HOST ADDRESS", "PORT", "TO", "ENDPOINT", "NETWORK"),
+        [
+            (p["host_ip"] or "*", f"{p['host_port']}/{p['protocol']}")
+            + (target(p), p["endpoint"], p["network"])
+            for p in found
+        ],
+    )
+
+
+def target(found: Any) -> str:
+    """Return where a published port leads."""
+    address = found["address"] or "?"
+    return (
+        f"[{address}]:{found['port']}"
+        if ":" in address
+        else f"{address}:{found['port']}"
+    )
+
+
+@click.group()
+def ipam() -> None:
+    """Show pools, release addresses."""
+
+
+@ipam.command("ls")
+@asks
+def ipam_ls(client: Client, *, as_json: bool) -> None:
+    """List the pools that are handed out, and every address taken of them."""
+    found = client.get("pools")
+    if as_json:
+        show_json(found)
+        return
+    table.show(
+        ("POOL", "SPACE", "NETWORK", "TAKEN", "OF"),
+        [
+            (p["pool"], p["space"], p["network"] or "-", p["taken"], amount(p["size"]))
+            for p in found
+        ],
+    )
+    if any(p["addresses"] for p in found):
+        click.echo()
+        table.show(
+            ("ADDRESS", "POOL", "OWNER", "ENDPOINT", "STATE", "HOST"),
+            [
+                (a["address"], p["pool"], *held(a))
+                for p in found
+                for a in p["addresses"]
+            ],
+        )
+
+
+def held(address: Any) -> tuple[str, str, str, str]:
+    """Return who has an address and how."""
+    state = "bound" if address["bound"] else "provisional"
+    host = "this" if address["here"] else address["host"][:8]
+    return (
+        address["owner"] or "-",
+        table.short(address["endpoint_id"]) or "-",
+        state,
+        host,
+    )
+
+
+def amount(number: int) -> str:
+    """Write a number of addresses; of IPv6 pools nobody wants all digits."""
+    return str(number) if number < 2**32 else f"2^{number.bit_length() - 1}"
+
+
+@ipam.command("release")
+@click.argument("pool")
+@click.argument("address")
+@asks
+def ipam_release(client: Client, pool: str, address: str, *, as_json: bool) -> None:
+    """Give an ADDRESS back to its POOL, if nothing uses it any more."""
+    done = client.delete("addresses", pool=pool, address=address)
+    if as_json:
+        show_json(done)
+    else:
+        click.echo(f"released {done['released']} of {done['pool']}")
+
+
+def column(values: Any) -> str:
+    """Return values for one cell, a line each."""
+    return "\n".join(map(str, values)) or "-"
+
+
+def yes_or_no(value: object) -> object:
+    """Return a truth value in words, anything else as it is."""
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else value

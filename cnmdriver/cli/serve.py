@@ -16,16 +16,18 @@ BAD_SETTINGS = 2
 
 def every_setting(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command an option for each setting."""
-    for name, field in reversed(settings.FIELDS.items()):
+    for name, field in reversed(list(settings.FIELDS.items())):
         choices = field.metadata["choices"]
-        shown = f"{field.default:g}" if isinstance(field.default, float) else field.default
+        shown = (
+            f"{field.default:g}" if isinstance(field.default, float) else field.default
+        )
         default = f"  [default: {shown}]" if shown else ""
         command = click.option(
             "--" + name.replace("_", "-"),
             name,
             type=click.Choice(choices) if choices else str,
             metavar=None if choices else metavar(field.default),
-            help=capital(field.metadata["help"]) + "." + default,
+            help=field.metadata["help"] + default,
         )(command)
     return command
 
@@ -35,18 +37,13 @@ def metavar(default: object) -> str:
     return "SECONDS" if isinstance(default, float) else "TEXT"
 
 
-def capital(text: str) -> str:
-    """Begin with a capital letter and leave the rest as it is."""
-    return text[:1].upper() + text[1:]
-
-
 @click.command()
 @every_setting
 @click.option(
     "--config",
     metavar="FILE",
     type=click.Path(path_type=Path),
-    help=f"Settings file.  [default: {settings.FILE}, if it is there]",
+    help=f"settings file  [default: {settings.FILE}, if it is there]",
 )
 def serve(config: Path | None, **given: Any) -> None:
     """

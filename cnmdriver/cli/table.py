@@ -1,4 +1,4 @@
-"""Tables for people."""
+"""What is printed for people: tables, without a frame."""
 
 import sys
 from collections.abc import Iterable, Sequence
@@ -9,30 +9,39 @@ from rich.table import Table
 from rich.text import Text
 
 WIDTH = 80
+WIDEST = 10_000
 
 
 def show(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """
-    Print a table; columns with names in lower case are numbers.
+    Print a table; numbers stand to the right.
 
-    A pipe gets every row on one line, however long, so that grep finds it whole.
+    A pipe gets lines as long as they need be, so that grep finds them whole.
     """
+    cells = list(rows)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for name in columns:
-        justify = "right" if name.islower() else "left"
-        table.add_column(name.upper(), justify=justify, overflow="fold")
-    for row in rows:
+    for number, name in enumerate(columns):
+        is_number = bool(cells) and all(isinstance(row[number], int) for row in cells)
+        table.add_column(
+            name, justify="right" if is_number else "left", overflow="fold"
+        )
+    for row in cells:
         table.add_row(*(Text(clean(str(cell))) for cell in row))
-    console = Console(file=sys.stdout, highlight=False)
-    if not console.is_terminal:
-        wide = Console(file=sys.stdout, width=10_000)
-        needed = Measurement.get(wide, wide.options, table).maximum
-        console = Console(file=sys.stdout, width=max(WIDTH, needed), highlight=False)
-    console.print(table)
+    console(table).print(table)
+
+
+def console(table: Table) -> Console:
+    """Return where to print: a terminal as it is, anything else as wide as needed."""
+    found = Console(file=sys.stdout, highlight=False)
+    if found.is_terminal:
+        return found
+    wide = Console(file=sys.stdout, width=WIDEST)
+    needed = Measurement.get(wide, wide.options, table).maximum
+    return Console(file=sys.stdout, highlight=False, width=max(WIDTH, needed))
 
 
 def clean(text: str) -> str:
-    """Take out of a user's text what would move the cursor; keep line breaks."""
+    """Take out of a user's text what would move the cursor; line breaks stay."""
     return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
 
 

@@ -63,7 +63,7 @@ def script(host: str, listed: Iterable[Part]) -> str:
     """Write parts in order; what several of them share comes once, at its first."""
     lines = [
         f"# What pynet holds on host {clean(host)}, as commands for root. To try them:",
-        "#   unshare --net --mount sh -c 'mount -t tmpfs none /run; bash -e -s' <FILE",
+        "#   unshare --net --mount sh -c 'mount -t tmpfs none /run; bash -e' <FILE",
         '# What stands below a line with "# Docker:" is done by Docker itself.',
     ]
     shown: set[Key] = set()
@@ -88,12 +88,12 @@ def block(purpose: str, group: Plan) -> Iterator[str]:
     """Yield the lines of operations that have one purpose."""
     chains = [c for op in group if isinstance(op, Accept) for c in chain(op.version)]
     if chains:
-        yield from ("", "# Docker: the chain it leaves to others", *map(line, chains))
+        yield from ("", "# Docker: the chain it leaves to others", *map(shlex.join, chains))
     yield from ("", f"# {purpose}")
     for op in group:
         if isinstance(op, Hold):
             yield f"# - {held(op)}"
-        yield from map(line, op.commands())
+        yield from map(shlex.join, commands(op))
 
 
 def chain(version: int) -> tuple[Command, ...]:
@@ -115,14 +115,17 @@ def held(op: Hold) -> str:
 def docker(part: Part) -> Iterator[str]:
     """Yield what Docker adds to a part."""
     if part.docker:
-        yield from ("", "# Docker: the sandbox", *map(line, part.docker))
+        yield from ("", "# Docker: the sandbox", *map(shlex.join, part.docker))
     if part.remark:
         yield from ("", f"# {part.remark}")
 
 
-def line(command: Command) -> str:
-    """Write a command as bash reads it; a brace that stands alone needs no quotes."""
-    return " ".join(w if w in ("{", "}") else shlex.quote(w) for w in command)
+def commands(op: Op) -> tuple[Command, ...]:
+    """Return an operation's commands; names that are words of nft stay in quotes."""
+    if isinstance(op, Element):
+        place = ("nft", "add", "element", op.family, op.table, op.set)
+        return ((*place, f"{{ {op.text} }}"),)
+    return op.commands()
 
 
 def clean(text: str) -> str:

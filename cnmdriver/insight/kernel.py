@@ -1,4 +1,4 @@
-"""This host's kernel: `census` lists what is ours, `diff` what is not as planned."""
+"""The host's kernel: `census` lists what is ours, `diff` what is not as planned."""
 
 import asyncio
 from collections.abc import Iterable

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import fcntl
 import sqlite3
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -79,7 +79,12 @@ class SqliteLease:
     def expire(self) -> None:
         """Delete its keys, as nobody kept it."""
         self.alive = False
-        self.store.background(self.store.end_lease(self.number))
+        self.store.background(self.end())
+
+    async def end(self) -> None:
+        """Delete its keys; if the store is away, the next opening does."""
+        with contextlib.suppress(StoreError):
+            await self.store.end_lease(self.number)
 
     async def keep(self) -> None:
         """Start its time anew."""
@@ -150,7 +155,7 @@ class SqliteStore:
                     "watch", partial(self._events, prefix, start)
                 )
                 if not batches:
-                    start = newest + 1
+                    start = max(start, newest + 1)
                     if not self.closed:
                         await self.written.wait()
                     continue
@@ -165,13 +170,13 @@ class SqliteStore:
 
     async def end_lease(self, number: int) -> None:
         """Delete the keys of a lease."""
-        keys = await self.call("read", lambda: self._leased(number))
-        if keys:
-            await self.commit(Change(deletes=frozenset(keys)))
+        await self.call("write", lambda: self._end_lease(number))
+        async with self.written:
+            self.written.notify_all()
 
-    def background(self, coroutine: "object") -> None:
+    def background(self, work: Coroutine[None, None, None]) -> None:
         """Run something that nobody waits for, and keep it from being collected."""
-        task = asyncio.ensure_future(coroutine)  # type: ignore[call-overload]
+        task = asyncio.ensure_future(work)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
@@ -309,9 +314,9 @@ class SqliteStore:
         ).fetchone()
         return None if row is None else Item(value=row[0], revision=row[1])
 
-    def _leased(self, number: int) -> list[str]:
+    def _end_lease(self, number: int) -> None:
         rows = self.db.execute("SELECT key FROM records WHERE lease = ?", (number,))
-        return [key for (key,) in rows]
+        self._commit(Change(deletes=frozenset(key for (key,) in rows)), None)
 
     def _events(self, prefix: str, start: int) -> tuple[list[tuple[Event, ...]], int]:
         if start <= self._number("compacted"):

@@ -82,7 +82,7 @@ class View:
         return True
 
     def replace(self, items: Iterable[tuple[str, Item]], revision: int) -> bool:
-        """Take in a whole listing: what it lacks is gone. Tell whether there is news."""
+        """Take in a whole listing: what it lacks is gone. Tell if there is news."""
         listed = dict(items)
         news = False
         for group in list(self.groups.values()):

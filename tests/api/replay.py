@@ -101,16 +101,22 @@ class Call:
             return UNSENT
         if self.status == 404 and self.method.endswith("ExternalConnectivity"):
             return ACCEPTED
-        answer = self.response
-        if isinstance(answer, str):
-            try:
-                answer = json.loads(answer)
-            except ValueError:
-                return REFUSED
-        # Go reads keys without regard to case.
-        errors = {k.lower(): v for k, v in answer.items()}
-        key = "error" if self.method.startswith("IpamDriver") else "err"
-        return REFUSED if self.status != 200 or errors.get(key) else ACCEPTED
+        if self.status != 200 or self.answer is None:
+            return REFUSED
+        # Go reads keys without regard to case; under the wrong key an error is not
+        # seen, but then Docker fails for want of the answer.
+        keys = {key.lower() for key, value in self.answer.items() if value}
+        return REFUSED if keys & {"err", "error"} else ACCEPTED
+
+    @property
+    def answer(self) -> dict | None:
+        """Return the recorded answer, None if it was no JSON."""
+        if isinstance(self.response, dict):
+            return self.response
+        try:
+            return json.loads(self.response)
+        except ValueError:
+            return None
 
 
 def deviation(files, methods, change, reason, numbers=()) -> Deviation:
@@ -293,7 +299,7 @@ class Names:
 
     def _prefixed(self, pool: str, text: str) -> str:
         ours = ip_network(self.pools.get(pool, pool))
-        return f"{self._address(pool, text.split('/')[0])}/{ours.prefixlen}"
+        return f"{self._address(pool, str(ip_interface(text).ip))}/{ours.prefixlen}"
 
     def _address(self, pool: str, text: str) -> str:
         """Return the address we gave, else the one at the same place in our pool."""
@@ -310,9 +316,7 @@ class Names:
 
     def learn(self, call: Call, answer: dict) -> None:
         """Remember what we chose where the recorded plugin chose something."""
-        recorded = call.response
-        if isinstance(recorded, str):
-            recorded = json.loads(recorded)
+        recorded = call.answer
         if call.method == "IpamDriver.RequestPool":
             self.pool_ids[recorded["PoolID"]] = answer["PoolID"]
             if not call.request["Pool"]:
@@ -345,12 +349,14 @@ class Session:
         self.ghosts = set()
         """Ids of networks, endpoints and pools that we refused: Docker lacks them."""
         self.live = set()
-        """What Docker should believe to have at the end."""
+        """Networks and pools that Docker has."""
 
     async def replay(self, calls: Iterable[Call]) -> None:
         """Replay all calls."""
         for call in calls:
             outcome, _ = expected(self.file, call)
+            if outcome == UNSENT:
+                self.refuse(call)
             if outcome == UNSENT or self.is_ghostly(call):
                 continue
             reply = await self.send(call, outcome)
@@ -403,7 +409,10 @@ class Session:
     async def dotted(self, call: Call, request: dict) -> dict:
         """Check that options without a domain are refused, and give them one."""
         options = request.get("Options") or {}
-        flat = call.method in ("NetworkDriver.AllocateNetwork", "IpamDriver.RequestPool")
+        flat = call.method in (
+            "NetworkDriver.AllocateNetwork",
+            "IpamDriver.RequestPool",
+        )
         own = options if flat else options.get(GENERIC, {})
         bare = [name for name in own if "." not in name and name[0].islower()]
         if not bare:
@@ -438,12 +447,24 @@ class Session:
 
     def refuse(self, call: Call) -> None:
         """Remember what Docker lacks though the recorded one had it."""
-        if call.outcome != ACCEPTED:
+        if call.outcome == REFUSED or not call.request:
             return
         match call.method:
             case "NetworkDriver.CreateNetwork":
-                self.ghosts.add((call.request or {}).get("NetworkID"))
-            case "NetworkDriver.CreateEndpoint" if call.request:
+                self.ghosts.add(call.request["NetworkID"])
+            case "NetworkDriver.CreateEndpoint":
                 self.ghosts.add(call.request["EndpointID"])
             case "IpamDriver.RequestPool":
                 self.ghosts.add(call.response["PoolID"])
+
+    async def finish(self) -> None:
+        """Remove what the recording left, as `docker network rm` would."""
+        for name in sorted(self.live):
+            is_pool = "/" in name
+            method = (
+                "IpamDriver.ReleasePool" if is_pool else "NetworkDriver.DeleteNetwork"
+            )
+            key = "PoolID" if is_pool else "NetworkID"
+            value = self.names.pool_ids.get(name, name)
+            reply = await self.docker.call(method, {key: value})
+            assert reply.status == 200, reply

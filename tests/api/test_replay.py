@@ -20,10 +20,9 @@ async def test_recorded_session_goes_as_docker_expects(file, tmp_path):
         async with serving(application(*doors), tmp_path / "pynet.sock") as docker:
             session = Session(file, docker, doors)
             await session.replay(load(file))
-        if session.live: print("LIVE", file, session.live)
-        if not session.live:
-            assert driver.records == []
-            assert driver.kernel.left == []
+            await session.finish()
+        assert driver.records == []
+        assert driver.kernel.left == []
 
 
 @pytest.mark.parametrize("row", DEVIATIONS, ids=lambda row: row.reason)

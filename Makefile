@@ -1,0 +1,77 @@
+# What a person types: `make run`, `make demo`, `make test`; `make help` lists the rest.
+# Root is asked for, with sudo, only where it is needed.
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help run demo venv check fmt test bench mutate lock clean
+
+# Debian keeps the directories of root's programs off other users' PATH.
+export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
+
+BIN := .venv/bin
+AS_ROOT := deploy/as-root
+QUICK := $(wildcard tests/unit tests/store tests/api tests/admin)
+
+help:
+	@echo 'make run     serve this machine'"'"'s Docker; installs and starts what is missing'
+	@echo 'make demo    show what pynet does, in namespaces of its own'
+	@echo 'make test    run everything: make check, then all suites on a real Docker'
+	@echo 'make check   format, lint, types, import layers, tests without root'
+	@echo 'make fmt     format the code'
+	@echo 'make venv    make .venv from requirements.lock'
+	@echo 'make lock    choose the versions in requirements.lock anew'
+	@echo 'make bench   compare the time of Docker'"'"'s commands on pynet and on bridge'
+	@echo 'make mutate  mutation testing of plan/, driver/ and the model'
+	@echo 'make clean   remove what these have made here'
+
+run:
+	@deploy/packages run
+	@deploy/venv
+	@exec deploy/run
+
+demo:
+	@deploy/packages run lab
+	@deploy/venv
+	@exec $(AS_ROOT) $(BIN)/python -m cnmdriver.lab.demo
+
+venv:
+	@deploy/venv
+
+check: venv
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pytest -m 'not root' $(QUICK)
+
+fmt: venv
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+test:
+	@deploy/packages run lab test
+	@deploy/venv
+	@$(BIN)/python tests/run.py $(QUICK)
+
+bench:
+	@deploy/packages run lab
+	@deploy/venv
+	@exec $(AS_ROOT) $(BIN)/python -m tests.bench
+
+mutate: venv
+	$(BIN)/mutmut run
+	$(BIN)/mutmut results
+
+# uv resolves for every supported Python and machine at once; pip does not.
+lock: venv
+	$(BIN)/python -m venv .venv/uv
+	.venv/uv/bin/pip install --quiet --disable-pip-version-check uv
+	.venv/uv/bin/uv pip compile --quiet --no-config --upgrade --universal \
+		--python-version 3.11 --generate-hashes --all-extras \
+		--custom-compile-command 'make lock' \
+		--output-file requirements.lock pyproject.toml
+
+clean:
+	rm -rf .venv build cnmdriver.egg-info mutants .coverage
+	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find cnmdriver tests -name __pycache__ -type d -prune -exec rm -rf {} +
