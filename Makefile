@@ -49,6 +49,7 @@ fmt: venv
 	$(BIN)/ruff check --fix .
 
 test:
+	@$(AS_ROOT) true
 	@deploy/packages run lab test
 	@deploy/venv
 	@$(BIN)/python tests/run.py $(QUICK)

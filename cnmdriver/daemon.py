@@ -36,6 +36,7 @@ from cnmdriver.errors import DriverError, InvalidParameter
 from cnmdriver.model import Host
 from cnmdriver.plan import pools
 from cnmdriver.settings import Settings
+from cnmdriver.store import records
 from cnmdriver.store.base import Store
 from cnmdriver.store.local import LocalDatabase
 from cnmdriver.store.sqlite import SqliteStore
@@ -149,13 +150,15 @@ async def build(settings: Settings, stack: AsyncExitStack) -> Daemon:
     store = open_store(settings.store_url)
     await store.open()
     stack.push_async_callback(store.close)
-    kernel = Kernel(host=local.host, run_dir=run_dir)
+    kernel = Kernel(host=local.host, run_dir=run_dir, step=no_step)
     await kernel.open()
     stack.push_async_callback(kernel.close)
     state = State(store, local, no_step, lambda: None)
     await state.open()
+    host = Host(id=local.host, name=settings.name, version=version())
+    await state.commit(lambda draft: draft.put(records.host(host.id), host))
     site = Site(
-        host=Host(id=local.host, name=settings.name, version=version()),
+        host=host,
         boot=boot_id(run_dir / "boot"),
         state=state,
         dataplane=kernel,

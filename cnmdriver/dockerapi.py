@@ -6,7 +6,8 @@ Nothing in this module is ever called inside one of Docker's calls, which could 
 each other. When Docker is absent, ids stand for names.
 """
 
-from collections.abc import AsyncIterator
+import ipaddress
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import aiohttp
 
 from cnmdriver.errors import StoreError
+from cnmdriver.model import IPNetwork
 
 LIMIT = 5.0
 """Seconds one question may take."""
@@ -27,6 +29,8 @@ class Inventory:
     """Ids of all its networks, whatever their driver."""
     endpoints: frozenset[str] = frozenset()
     names: dict[str, str] = field(default_factory=dict)
+    pools: frozenset[IPNetwork] = frozenset()
+    """Subnets of all its networks, whatever their driver and IPAM."""
     bridges: frozenset[str] = frozenset()
     """Devices of Docker's own bridge networks."""
 
@@ -72,8 +76,8 @@ class DockerApi:
             answer.raise_for_status()
             return await answer.json()
 
-    async def events(self) -> AsyncIterator[None]:
-        """Yield once when connected, then whenever a network or container changes."""
+    async def events(self) -> AsyncGenerator[None, None]:
+        """Yield when connected, then once for all the changes since the last time."""
         filters = '{"type":["network","container"]}'
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=LIMIT)
         async with (
@@ -84,7 +88,7 @@ class DockerApi:
         ):
             answer.raise_for_status()
             yield
-            async for _ in answer.content:
+            async for _ in answer.content.iter_any():
                 yield
 
 
@@ -101,8 +105,16 @@ def inventory(listed: list[dict[str, Any]], details: list[dict[str, Any]]) -> In
         networks=frozenset(n["Id"] for n in listed),
         endpoints=frozenset(endpoints),
         names=names,
+        pools=frozenset(pool for n in listed for pool in subnets(n)),
         bridges=frozenset(bridge(n) for n in listed if n.get("Driver") == "bridge"),
     )
+
+
+def subnets(network: dict[str, Any]) -> Iterator[IPNetwork]:
+    """Yield the subnets Docker lists for a network."""
+    for config in (network.get("IPAM") or {}).get("Config") or ():
+        if config.get("Subnet"):
+            yield ipaddress.ip_network(config["Subnet"], strict=False)
 
 
 def bridge(network: dict[str, Any]) -> str:

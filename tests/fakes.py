@@ -1,6 +1,6 @@
 """Small honest stand-ins for the kernel, and a whole driver built on them."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from ipaddress import ip_network
@@ -57,9 +57,11 @@ class FakeKernel:
         self.applied += self.ops.get(op.key) != op
         self.ops[op.key] = op
 
-    async def clear(self, plan: Plan) -> None:
+    async def clear(
+        self, plan: Plan, still: Callable[[Plan], Plan] = lambda plan: plan
+    ) -> None:
         """Let go; a device takes with it what stands on it."""
-        for op in reversed(plan):
+        for op in reversed(still(plan)):
             if isinstance(op, Sysctl) and op.keep:
                 continue
             self.ops.pop(op.key, None)

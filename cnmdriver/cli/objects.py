@@ -41,7 +41,7 @@ def network_inspect(client: Client, name: str, *, as_json: bool) -> None:
     if as_json:
         show_json(found)
         return
-    table.show(("", ""), facts(found))
+    table.show((), facts(found))
     if found["members"]:
         click.echo()
         show_endpoints(found["members"])
@@ -130,20 +130,16 @@ def port_ls(client: Client, *, as_json: bool) -> None:
         ("HOST ADDRESS", "PORT", "TO", "ENDPOINT", "NETWORK"),
         [
             (p["host_ip"] or "*", f"{p['host_port']}/{p['protocol']}")
-            + (target(p), p["endpoint"], p["network"])
+            + (column(target(a, p["port"]) for a in p["addresses"]),)
+            + (p["endpoint"], p["network"])
             for p in found
         ],
     )
 
 
-def target(found: Any) -> str:
-    """Return where a published port leads."""
-    address = found["address"] or "?"
-    return (
-        f"[{address}]:{found['port']}"
-        if ":" in address
-        else f"{address}:{found['port']}"
-    )
+def target(address: str, port: int) -> str:
+    """Write an address and a port."""
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
 @click.group()
@@ -192,7 +188,7 @@ def held(address: Any) -> tuple[str, str, str, str]:
 
 def amount(number: int) -> str:
     """Write a number of addresses; of IPv6 pools nobody wants all digits."""
-    return str(number) if number < 2**32 else f"2^{number.bit_length() - 1}"
+    return str(number) if number < 2**32 else f"2^{number.bit_length()}"
 
 
 @ipam.command("release")

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterable, Sequence
 
+import click
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
@@ -14,20 +15,25 @@ WIDEST = 10_000
 
 def show(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """
-    Print a table; numbers stand to the right.
+    Print a table; numbers stand to the right. Without columns it has no head.
 
     A pipe gets lines as long as they need be, so that grep finds them whole.
     """
     cells = list(rows)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for number, name in enumerate(columns):
+    table.show_header = bool(columns)
+    for number, name in enumerate(columns or (cells[0] if cells else ())):
         is_number = bool(cells) and all(isinstance(row[number], int) for row in cells)
         table.add_column(
-            name, justify="right" if is_number else "left", overflow="fold"
+            str(name), justify="right" if is_number else "left", overflow="fold"
         )
     for row in cells:
         table.add_row(*(Text(clean(str(cell))) for cell in row))
-    console(table).print(table)
+    place = console(table)
+    with place.capture() as printed:
+        place.print(table)
+    for line in printed.get().splitlines():
+        click.echo(line.rstrip())
 
 
 def console(table: Table) -> Console:

@@ -75,13 +75,14 @@ class Accepts:
             for tool in await self._tools(op.version):
                 await _delete(tool, await _rules(tool))
 
-    async def found(self, wanted: Plan) -> Plan:
+    async def found(self, wanted: Plan, devices: Plan) -> Plan:
         """
         Return the versions whose rules stand.
 
         A wanted one counts when nothing is missing, thus also where no table could stop
         us; another one as soon as anything of ours is left.
         """
+        del devices
         found = []
         for version in (4, 6):
             op = Accept(version=version)

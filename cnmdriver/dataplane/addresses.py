@@ -37,15 +37,15 @@ class Addresses:
             if link is not None:
                 await self._netlink.remove_address(link, op.interface)
 
-    async def found(self, wanted: Plan) -> Plan:
+    async def found(self, wanted: Plan, devices: Plan) -> Plan:
         """Return the addresses of our bridges."""
-        names = [op.name for op in only(await self._links.found(wanted), Bridge)]
-        found: list[Address] = []
-        for name in names:
-            link = await self._links.ours(name)
-            there = await self._netlink.addresses(link) if link else ()
-            found += [Address(device=name, interface=address) for address in there]
-        return tuple(found)
+        del wanted
+        names = {op.name for op in only(devices, Bridge)}
+        return tuple(
+            Address(device=name, interface=address)
+            for name, address in await self._netlink.addresses()
+            if name in names
+        )
 
     async def _add(self, link: Link, address: IPInterface, undo: Undo) -> None:
         undo.append(lambda: self._take(link, address))
@@ -53,7 +53,8 @@ class Addresses:
             return
         undo.pop()
         # IPv6 takes an address only once, whatever the length of its prefix.
-        there = await self._netlink.addresses(link)
+        found = await self._netlink.addresses()
+        there = [interface for name, interface in found if name == link.name]
         if address in there:
             return
         for other in (a for a in there if a.ip == address.ip):

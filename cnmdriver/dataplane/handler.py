@@ -41,8 +41,12 @@ class Handler(Protocol):
     async def clear(self, ops: Plan) -> None:
         """Remove the objects; what is not there, or not ours, is left."""
 
-    async def found(self, wanted: Plan) -> Plan:
-        """Read what is ours; `wanted` names what cannot be told by a mark."""
+    async def found(self, wanted: Plan, devices: Plan) -> Plan:
+        """
+        Read what is ours.
+
+        `wanted` names what cannot be told by a mark; `devices` are those found.
+        """
 
 
 async def settled(work: Coroutine[None, None, T]) -> T:

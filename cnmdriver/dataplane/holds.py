@@ -29,9 +29,9 @@ class Holds:
         for op in only(ops, Hold):
             await self._sockets.release(op)
 
-    async def found(self, wanted: Plan) -> Plan:
+    async def found(self, wanted: Plan, devices: Plan) -> Plan:
         """Return what is held."""
-        del wanted
+        del wanted, devices
         return self._sockets.held()
 
     async def _again(self, op: Hold) -> None:

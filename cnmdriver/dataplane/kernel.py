@@ -10,7 +10,7 @@ when it ended, and each has a bound.
 """
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from itertools import groupby
 from pathlib import Path
 
@@ -42,6 +42,11 @@ from cnmdriver.plan.ops import (
 ORDER = (Table, Element, Accept, Sysctl, Bridge, Address, Veth, Hold)
 
 
+def all_of(plan: Plan) -> Plan:
+    """Return a plan as it is."""
+    return plan
+
+
 class Kernel:
     """The namespace in which it is opened, as plans see it."""
 
@@ -54,15 +59,15 @@ class Kernel:
         self._sockets = Sockets()
         self._links = Links(self._netlink, host)
         self._sysctls = Sysctls(self._links, run_dir)
-        firewall, addresses = Firewall(self._nft), Addresses(self._netlink, self._links)
+        self._firewall = Firewall(self._nft)
         self._handlers: dict[type[Op], Handler] = {
-            Table: firewall,
-            Element: firewall,
+            Table: self._firewall,
+            Element: self._firewall,
             Accept: Accepts(self._nft),
             Sysctl: self._sysctls,
             Bridge: self._links,
             Veth: self._links,
-            Address: addresses,
+            Address: Addresses(self._netlink, self._links),
             Hold: Holds(self._sockets),
         }
 
@@ -94,10 +99,12 @@ class Kernel:
         """
         async with self._lock:
             undo: Undo = []
+            self._firewall.begin()
             try:
                 for handler, ops in self._groups(plan):
                     await self._announce("apply", ops)
                     await settled(handler.apply(ops, undo))
+                await settled(self._firewall.end())
             except BaseException as error:
                 failures = await settled(_take_back(undo))
                 if failures and isinstance(error, DriverError):
@@ -105,20 +112,21 @@ class Kernel:
                     raise type(error)(text) from error
                 raise
 
-    async def clear(self, plan: Plan) -> None:
+    async def clear(self, plan: Plan, still: Callable[[Plan], Plan] = all_of) -> None:
         """
         Remove every object, last first; what is gone is well, what is foreign stays.
 
+        `still` is asked, once it is this call's turn, which of the plan is to go by
+        then: an object may have found a new user while the call waited.
         Goes on after errors, and raises one KernelError that tells all.
         """
         failures: list[str] = []
         async with self._lock:
-            for handler, ops in self._groups(plan[::-1]):
+            self._firewall.begin()
+            for handler, ops in self._groups(still(plan)[::-1]):
                 await self._announce("clear", ops)
-                try:
-                    await settled(handler.clear(ops))
-                except DriverError as error:
-                    failures.append(str(error))
+                failures += await _failure(handler.clear(ops))
+            failures += await _failure(self._firewall.end())
         if failures:
             raise KernelError("; ".join(failures))
 
@@ -129,7 +137,8 @@ class Kernel:
         `wanted` adds what has no mark: settings, and rules that nothing calls for.
         """
         async with self._lock:
-            ops = [await settled(h.found(wanted)) for h in self._every()]
+            devices = await settled(self._links.devices())
+            ops = [await settled(h.found(wanted, devices)) for h in self._every()]
         return tuple(sorted(union(ops), key=_place))
 
     async def foreign(self) -> tuple[tuple[str, str], ...]:
@@ -164,6 +173,15 @@ class Kernel:
     async def _announce(self, verb: str, ops: Plan) -> None:
         for op in ops:
             await self._step(f"{verb}.{op.key[0]}")
+
+
+async def _failure(work: Coroutine[None, None, None]) -> list[str]:
+    """Do something, and return in words what went wrong, if anything did."""
+    try:
+        await settled(work)
+    except DriverError as error:
+        return [str(error)]
+    return []
 
 
 async def _take_back(undo: Undo) -> list[str]:

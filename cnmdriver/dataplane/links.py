@@ -7,8 +7,8 @@ different state) and everything else is foreign: it is named in an error and lef
 """
 
 import re
-from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from cnmdriver.dataplane.handler import Undo
@@ -47,10 +47,14 @@ class Links:
             if isinstance(op, Device):
                 await self._remove(op.name)
 
-    async def found(self, wanted: Plan) -> Plan:
-        """Return our devices, bridges first."""
+    async def found(self, wanted: Plan, devices: Plan) -> Plan:
+        """Return what `devices` found."""
         del wanted
-        links = await self._netlink.links()
+        return devices
+
+    async def devices(self) -> Plan:
+        """Return our devices, bridges first."""
+        links = await self._netlink.links(GROUP)
         at = {link.index: link for link in links}
         ours = [link for link in links if self._is_marked(link)]
         bridges = [_bridge(link) for link in ours if link.kind == "bridge"]
@@ -65,10 +69,8 @@ class Links:
         """Return name and alias of devices that another host of pynet's marked."""
         return tuple(
             (link.name, link.alias)
-            for link in await self._netlink.links()
-            if link.group == GROUP
-            and link.alias.startswith(MARK)
-            and not link.alias.startswith(self._mark)
+            for link in await self._netlink.links(GROUP)
+            if link.alias.startswith(MARK) and not link.alias.startswith(self._mark)
         )
 
     async def ours(self, name: str) -> Link | None:
@@ -86,8 +88,6 @@ class Links:
         return marked or (link.group == GROUP and not link.alias)
 
     def _is_marked(self, link: Link) -> bool:
-        if link.group != GROUP:
-            return False
         if link.alias:
             return link.alias.startswith(self._mark)
         # The far ends of our pairs have the group but never an alias.
@@ -96,14 +96,18 @@ class Links:
 
     async def _hold(self, op: Device, undo: Undo) -> None:
         link = await self._netlink.link(op.name)
+        other = None
         if link is not None:
             self._refuse_foreign(op, link)
-        if link is not None and await self._must_go(op, link, undo):
-            await self._netlink.remove(link)
-            link = None
+            other = await self._netlink.link_at(link.other) if link.other else None
+        if link is not None and not _fits(op, link, other):
+            await self._give_way(link, other, undo)
+            link = other = None
         if link is None:
             link = await self._make(op, undo)
         await self._mend(op, link, undo)
+        if other is not None and isinstance(op, Veth) and other.mtu != op.mtu:
+            await self._netlink.change(other, mtu=op.mtu)
 
     def _refuse_foreign(self, op: Device, link: Link) -> None:
         if not self._is_ours(link):
@@ -114,38 +118,21 @@ class Links:
                 "rename or remove it"
             )
 
-    async def _must_go(self, op: Device, link: Link, undo: Undo) -> bool:
-        """Tell whether what is there cannot be changed into what is wanted."""
-        found = await self._read(link)
-        same = type(found) is type(op)
-        if same and not op.REMAKE.intersection(differing(op, found or op)):
-            return False
-        if found is not None:
-            undo.append(self._again(found))
-        return True
-
-    async def _read(self, link: Link) -> Device | None:
+    async def _give_way(self, link: Link, other: Link | None, undo: Undo) -> None:
+        """Remove a device that cannot be changed into what is wanted."""
+        # Without its far end, which is in a sandbox, a pair cannot be made again.
         if link.kind == "bridge":
-            return _bridge(link)
-        if link.kind != "veth":
-            return None
-        other = await self._netlink.link_at(link.other) if link.other else None
-        master = await self._netlink.link_at(link.master) if link.master else None
-        return _veth(link, other, master)
-
-    def _again(self, op: Device) -> Callable[[], Awaitable[None]]:
-        async def make() -> None:
-            # A far end in a sandbox cannot be made again, and the pair is of no use.
-            if not (isinstance(op, Veth) and op.peer is None):
-                await self._hold(op, [])
-
-        return make
+            undo.append(partial(self._hold, _bridge(link), []))
+        elif link.kind == "veth" and other is not None:
+            master = await self._netlink.link_at(link.master) if link.master else None
+            undo.append(partial(self._hold, _veth(link, other, master), []))
+        await self._netlink.remove(link)
 
     async def _make(self, op: Device, undo: Undo) -> Link:
         request = (
             _bridge_request(op)
             if isinstance(op, Bridge)
-            else _veth_request(op, await self._index_of(op))
+            else _veth_request(op, self._index_of(op))
         )
         # Noted before it is done: a request that ran out of time may yet succeed.
         undo.append(lambda: self._remove(op.name))
@@ -164,13 +151,13 @@ class Links:
             self._refuse_foreign(op, link)
         return link
 
-    async def _index_of(self, op: Veth) -> int:
-        bridge = await self._netlink.link(op.bridge)
+    def _index_of(self, op: Veth) -> int:
+        bridge = self._netlink.index(op.bridge)
         if bridge is None:
             raise KernelError(
                 f"making device {op.name} failed: bridge {op.bridge} is not there"
             )
-        return bridge.index
+        return bridge
 
     async def _remove(self, name: str) -> None:
         link = await self.ours(name)
@@ -178,19 +165,11 @@ class Links:
             await self._netlink.remove(link)
 
     async def _mend(self, op: Device, link: Link, undo: Undo) -> None:
-        master = await self._index_of(op) if isinstance(op, Veth) else link.master
+        master = self._index_of(op) if isinstance(op, Veth) else link.master
         wanted = _wanted(op, link, master)
         if wanted != link:
             undo.append(lambda: self._change(wanted, link))
             await self._change(link, wanted)
-        if isinstance(op, Veth) and link.other:
-            await self._mend_other(op, link.other)
-
-    async def _mend_other(self, op: Veth, index: int) -> None:
-        # Its host end has the same MTU, and is what the undo looks at.
-        other = await self._netlink.link_at(index)
-        if other is not None and other.mtu != op.mtu:
-            await self._netlink.change(other, mtu=op.mtu)
 
     async def _change(self, old: Link, new: Link) -> None:
         """Turn a device from one state into another, each setting by itself."""
@@ -216,6 +195,13 @@ class Links:
             await self._netlink.port(new, **flags)
         if old.up != new.up:
             await self._netlink.change(new, state="up" if new.up else "down")
+
+
+def _fits(op: Device, link: Link, other: Link | None) -> bool:
+    """Tell whether a device can be changed into what is wanted."""
+    if isinstance(op, Bridge) or link.kind != "veth":
+        return isinstance(op, Bridge) and link.kind == "bridge"
+    return not op.REMAKE.intersection(differing(op, _veth(link, other, None)))
 
 
 def _bridge_request(op: Bridge) -> dict[str, Any]:

@@ -9,6 +9,7 @@ all devices.
 import asyncio
 import errno
 import ipaddress
+import socket
 from collections.abc import AsyncIterator, Awaitable
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,10 @@ PERMANENT = 0x80
 MAIN_TABLE = 254
 UNICAST = 1
 GENMODE_NONE = 1
+SKIP_STATS = 8
 DUMP_TRIES = 5
+BREATH = 64
+"""After so many messages of a dump others get their turn."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,10 +85,22 @@ class Netlink:
         """Return the device of that index, None if there is none."""
         return await self._link(f"looking for device {index}", index=index)
 
-    async def links(self) -> tuple[Link, ...]:
-        """Return all devices of the namespace."""
-        found = await self._dump("listing the devices", "link")
-        return tuple(_link(message) for message in found)
+    def index(self, name: str) -> int | None:
+        """Return the index of a device, None if there is none of that name."""
+        try:
+            return socket.if_nametoindex(name)
+        except OSError:
+            return None
+
+    async def links(self, group: int | None = None) -> tuple[Link, ...]:
+        """Return all devices of the namespace, or those of one group."""
+        # Leaving out statistics halves what there is to decode.
+        found = await self._dump("listing the devices", "link", ext_mask=SKIP_STATS)
+        return tuple(
+            _link(message)
+            for message in found
+            if group is None or message.get("IFLA_GROUP") == group
+        )
 
     async def add(self, name: str, **request: Any) -> bool:
         """Make a device; tell whether it was made, False if a name is taken."""
@@ -133,16 +149,19 @@ class Netlink:
             if error.code != errno.ENODEV:
                 raise _refusal(what, error) from error
 
-    async def addresses(self, link: Link) -> tuple[IPInterface, ...]:
-        """Return the lasting addresses of a device."""
-        what = f"listing the addresses of {link.name}"
-        found = await self._dump(what, "addr", index=link.index)
+    async def addresses(self) -> tuple[tuple[str, IPInterface], ...]:
+        """Return the lasting addresses of all devices, with the device's name."""
+        found = await self._dump("listing the addresses", "addr")
+        names = {message["index"]: _device(message["index"]) for message in found}
         return tuple(
-            ipaddress.ip_interface(
-                (m.get("IFA_LOCAL") or m.get("IFA_ADDRESS"), m["prefixlen"])
+            (
+                names[m["index"]],
+                ipaddress.ip_interface(
+                    (m.get("IFA_LOCAL") or m.get("IFA_ADDRESS"), m["prefixlen"])
+                ),
             )
             for m in found
-            if m["index"] == link.index and _flags(m) & PERMANENT
+            if _flags(m) & PERMANENT
         )
 
     async def add_address(self, link: Link, address: IPInterface) -> bool:
@@ -188,7 +207,8 @@ class Netlink:
 
     async def _link(self, what: str, **which: str | int) -> Link | None:
         try:
-            answer = await self._request(what, self._ip.link("get", **which))
+            request = self._ip.link("get", ext_mask=SKIP_STATS, **which)
+            answer = await self._request(what, request)
         except NetlinkError as error:
             if error.code == errno.ENODEV:
                 return None
@@ -226,12 +246,24 @@ class Netlink:
 
 async def _collect(ip: AsyncIPRoute, kind: str, request: dict[str, int]) -> list[Any]:
     answers: AsyncIterator[Any] = await getattr(ip, kind)("dump", **request)
-    return [message async for message in answers]
+    found = []
+    async for message in answers:
+        found.append(message)
+        if len(found) % BREATH == 0:
+            await asyncio.sleep(0)
+    return found
 
 
 def _refusal(what: str, error: NetlinkError) -> KernelError:
     text = error.args[1] if len(error.args) > 1 else ""
     return refusal(what, error.code, str(text or ""))
+
+
+def _device(index: int) -> str:
+    try:
+        return socket.if_indextoname(index)
+    except OSError:
+        return ""
 
 
 def _flags(message: Any) -> int:

@@ -19,7 +19,7 @@ from ipaddress import ip_address, ip_network
 from typing import Any
 
 from cnmdriver.dataplane import conntrack
-from cnmdriver.dataplane.handler import BOUND, Undo, too_slow
+from cnmdriver.dataplane.handler import BOUND, Undo, only, too_slow
 from cnmdriver.errors import KernelError
 from cnmdriver.model import PROTOCOLS
 from cnmdriver.plan.ops import Element, Key, Op, Plan, Table
@@ -114,40 +114,54 @@ class Firewall:
 
     def __init__(self, nft: Nft) -> None:
         self._nft = nft
+        self._have: dict[Key, Element] | None = None
+        self._new: list[Element] = []
+        self._gone: list[Element] = []
+
+    def begin(self) -> None:
+        """Begin a plan: what was read for an earlier one may be true no more."""
+        self._have = None
+        self._new, self._gone = [], []
+
+    async def end(self) -> None:
+        """End a plan: connections are looked for once, however many ports changed."""
+        await conntrack.forget(self._new, spare=True)
+        await conntrack.forget(self._gone)
 
     async def apply(self, ops: Plan, undo: Undo) -> None:
         """Load what is new of tables and elements, in one transaction."""
-        tables = [op for op in ops if isinstance(op, Table)]
-        elements = _distinct(op for op in ops if isinstance(op, Element))
+        elements = _distinct(only(ops, Element))
         change = _Change()
-        kept = [await self._add_table(table, change) for table in tables]
-        if change.first:
-            stays = _distinct(op for found in kept for op in found.values())
-            await self._commit(change.exchanging(elements, stays), undo)
-            return
-        try:
-            await self._commit(change.creating(elements.values()), undo)
-        except Refused:
-            have = await self._elements_of(elements.values())
-            if not have:
-                raise
-            await self._commit(change.exchanging(elements, have), undo)
+        for table in only(ops, Table):
+            await self._add_table(table, change)
+        if self._have is None:
+            try:
+                await self._commit(change.creating(elements.values()), undo)
+            except Refused:
+                self._have = await self._elements_of(elements.values())
+                if not self._have:
+                    raise
+        if self._have is not None:
+            await self._commit(change.exchanging(elements, self._have), undo)
+            self._have.update(elements)
 
     async def clear(self, ops: Plan) -> None:
         """Remove elements, then tables, in one transaction."""
-        elements = _distinct(op for op in ops if isinstance(op, Element))
-        tables = [op for op in ops if isinstance(op, Table)]
-        try:
-            await self._commit(_removal(elements.values(), tables), [])
-        except Refused:
-            have = await self._elements_of(elements.values())
-            here = [op for op in elements.values() if op.key in have]
+        elements, tables = _distinct(only(ops, Element)), only(ops, Table)
+        if self._have is None:
+            try:
+                await self._commit(_removal(elements.values(), tables), [])
+            except Refused:
+                self._have = await self._elements_of(elements.values())
+        if self._have is not None:
+            here = [op for op in elements.values() if self._have.pop(op.key, None)]
             exist = [t for t in tables if await self._mark(t) is not None]
             await self._commit(_removal(here, exist), [])
 
-    async def found(self, wanted: Plan) -> Plan:
+    async def found(self, wanted: Plan, devices: Plan) -> Plan:
         """Return the table, if it is there, and all elements."""
-        places = {(op.family, op.name) for op in wanted if isinstance(op, Table)}
+        del devices
+        places = {(op.family, op.name) for op in only(wanted, Table)}
         found: list[Op] = []
         for family, name in sorted(places | {("inet", "pynet")}):
             table = Table(family=family, name=name, mark="", text=None)
@@ -165,25 +179,24 @@ class Firewall:
             return None
         return next((name for name in sorted(names) if MARK.fullmatch(name)), "")
 
-    async def _add_table(self, table: Table, change: "_Change") -> Elements:
-        """Plan to load the text if it is another one, and return what stays in it."""
+    async def _add_table(self, table: Table, change: "_Change") -> None:
+        """Have the text loaded, if it is not there, with the elements that stay."""
         mark = await self._mark(table)
         if mark == table.mark:
-            return {}
+            return
+        change.first.append(table.text or "")
+        change.back.append(f"delete table {table.family} {table.name}")
+        self._have = self._have or {}
         if mark is None:
-            change.first.append(table.text or "")
-            change.back.append(f"delete table {table.family} {table.name}")
-            return {}
-        old = await self._nft.run(
-            "reading the firewall", f"list table {table.family} {table.name}"
-        )
-        replace = f"delete table {table.family} {table.name}"
-        known = set(SETS.findall(table.text or ""))
+            return
+        what, place = "reading the firewall", f"{table.family} {table.name}"
+        change.back.append(await self._nft.run(what, f"list table {place}"))
         have = await self._elements(table.family, table.name)
+        known = set(SETS.findall(table.text or ""))
         kept = {key: op for key, op in have.items() if op.set in known}
-        change.first += [replace, table.text or "", *map(_add, kept.values())]
-        change.back += [replace, old]
-        return kept
+        change.first.insert(-1, f"delete table {place}")
+        change.first += map(_add, kept.values())
+        self._have |= kept
 
     async def _commit(self, change: "_Change", undo: Undo) -> None:
         if not change.lines:
@@ -201,10 +214,10 @@ class Firewall:
 
         undo.append(take_back)
         await self._nft.finish("changing the firewall", run)
-        await conntrack.forget(change.new, spare=True)
-        await conntrack.forget(change.gone)
+        self._new += change.new
+        self._gone += change.gone
 
-    async def _elements_of(self, ops: Iterable[Element]) -> Elements:
+    async def _elements_of(self, ops: Iterable[Element]) -> dict[Key, Element]:
         found: dict[Key, Element] = {}
         for family, table in {(op.family, op.table) for op in ops}:
             found.update(await self._elements(family, table))

@@ -37,7 +37,7 @@ BURST = 64
 
 FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
 TCP_CLOSED = 7
-RESET = struct.pack("ii", 1, 0)
+RESET, ORDERLY = struct.pack("ii", 1, 0), struct.pack("ii", 0, 0)
 IP_PKTINFO = 8  # The socket module names it only from Python 3.14 on.
 
 Control = tuple[int, int, bytes]
@@ -50,7 +50,7 @@ class TcpRelay:
     Relay the connections a listening socket accepts; needs the running loop.
 
     `target` may change at any time and counts for later connections; while it is None
-    they are closed at once.
+    they are reset at once.
     """
 
     def __init__(
@@ -76,8 +76,7 @@ class TcpRelay:
         """Close the socket before the first wait, and cut every connection."""
         if self._pause is not None:
             self._pause.cancel()
-        self._loop.remove_reader(self._listener)
-        self._listener.close()
+        put_away(self._loop, self._listener)
         for task in self._tasks:
             task.cancel()
         if self._tasks:
@@ -98,6 +97,7 @@ class TcpRelay:
         except OSError as error:
             self._wait(str(error))
             return
+        prepare(client, self._watch)
         task = self._loop.create_task(self._serve(client))
         self._tasks.add(task)
         task.add_done_callback(partial(self._ended, client))
@@ -117,24 +117,32 @@ class TcpRelay:
         if self.target is None:
             return
         address, port = self.target
-        prepare(client, self._watch)
         try:
             server = socket.socket(FAMILIES[address.version], socket.SOCK_STREAM)
         except OSError as error:
             log.warning("relay.refused", reason=str(error))
-            reset(client)
             return
         with server:
             prepare(server, self._watch)
             if await connected(server, (str(address), port), self._connect):
                 await joined(client, server, self._watch)
-            else:
-                reset(client)
+
+
+def put_away(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> None:
+    """Close a socket the loop watches; a second time does nothing."""
+    if sock.fileno() >= 0:
+        loop.remove_reader(sock)
+        sock.close()
 
 
 def prepare(sock: socket.socket, watch: int) -> None:
-    """Make a socket fit for relaying: no waits, and the kernel sees a dead peer."""
+    """
+    Make a socket fit for relaying: no waits, and the kernel sees a dead peer.
+
+    Until `ended` its close is a reset, as a stream cut short must not look whole.
+    """
     sock.settimeout(0)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, watch)
@@ -142,9 +150,9 @@ def prepare(sock: socket.socket, watch: int) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
 
 
-def reset(sock: socket.socket) -> None:
-    """Let the coming close be a reset: a stream cut short must not look whole."""
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+def ended(sock: socket.socket) -> None:
+    """Let the coming close be an orderly one."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, ORDERLY)
 
 
 async def connected(
@@ -161,8 +169,7 @@ async def connected(
 
 
 async def joined(client: socket.socket, server: socket.socket, watch: int) -> None:
-    """Copy both ways until both have ended; on any failure both are reset."""
-    whole = False
+    """Copy both ways until both have ended, or either has failed."""
     try:
         async with asyncio.TaskGroup() as group:
             watcher = group.create_task(watched(client, server, watch))
@@ -170,13 +177,10 @@ async def joined(client: socket.socket, server: socket.socket, watch: int) -> No
             down = group.create_task(pump(server, client))
             await asyncio.wait((up, down))
             watcher.cancel()
-        whole = True
+        ended(client)
+        ended(server)
     except* OSError:
         pass
-    finally:
-        if not whole:
-            reset(client)
-            reset(server)
 
 
 async def pump(source: socket.socket, sink: socket.socket) -> None:
@@ -256,8 +260,7 @@ class UdpRelay:
 
     async def close(self) -> None:
         """Close the socket and those of all clients."""
-        self._loop.remove_reader(self._held)
-        self._held.close()
+        put_away(self._loop, self._held)
         self._drop_all()
         if self._sweep is not None:
             self._sweep.cancel()
@@ -319,8 +322,7 @@ class UdpRelay:
 
     def _drop(self, peer: Peer) -> None:
         client = self._clients.pop(peer)
-        self._loop.remove_reader(client.sock)
-        client.sock.close()
+        put_away(self._loop, client.sock)
 
     def _drop_all(self) -> None:
         while self._clients:

@@ -59,21 +59,21 @@ class Sysctls:
         """Write each setting that is not as wanted."""
         for op in only(ops, Sysctl):
             _refuse_without_ipv6(op)
-            if op.path == FORWARDING6 and op.value == "1":
+            if op.path == FORWARDING6 and op.value != _read(op):
                 await self._keep_listening(undo)
             self._set(op, undo)
 
     async def clear(self, ops: Plan) -> None:
         """Do nothing: a setting stays, or goes with its device."""
 
-    async def found(self, wanted: Plan) -> Plan:
+    async def found(self, wanted: Plan, devices: Plan) -> Plan:
         """Return what was changed, what is wanted, and what our bridges have."""
         paths = {op.path: op for op in wanted if isinstance(op, Sysctl)}
         named = [op.device for op in paths.values()]
         kept = [Sysctl(path=path, value="", keep=True) for path in self._old]
         others = [
             Sysctl(path=path.format(op.name), value=usual, device=op.name)
-            for op in only(await self._links.found(()), Bridge)
+            for op in only(devices, Bridge)
             if op.name not in named
             for path, usual in PER_BRIDGE.items()
         ]

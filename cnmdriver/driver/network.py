@@ -251,7 +251,7 @@ class NetworkDriver:
             await self.site.state.remove(
                 lambda draft: self.leave_network(draft, member)
             )
-            await self.site.clear(self.site.own(plan))
+            await self.site.clear(plan)
 
     def leave_network(self, draft: Draft, member: Member) -> None:
         """Delete this host's part in a network, and the network with its last part."""

@@ -5,7 +5,7 @@ What should be is computed from the view each time; nothing here is remembered t
 view does not have, but for what Docker alone knows (its own bridges).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -29,8 +29,12 @@ class Dataplane(Protocol):
     async def apply(self, plan: Plan) -> None:
         """Make a plan hold, or take back what was changed and raise KernelError."""
 
-    async def clear(self, plan: Plan) -> None:
-        """Take a plan back as far as possible, then raise KernelError for the rest."""
+    async def clear(self, plan: Plan, still: Callable[[Plan], Plan] = ...) -> None:
+        """
+        Take a plan back as far as possible, then raise KernelError for the rest.
+
+        `still` says, when it is this call's turn, what of the plan is to go by then.
+        """
 
     async def found(self, wanted: Plan = ()) -> Plan:
         """Read everything of ours; settings are read as far as `wanted` names them."""
@@ -127,14 +131,14 @@ class Site:
             plans += [self.endpoint_plan(e) for e in self.endpoints(member.network)]
         return ops.union(plans)
 
-    def own(self, plan: Plan) -> Plan:
-        """Return what only this plan wants, and nothing else any more."""
+    def unwanted(self, plan: Plan) -> Plan:
+        """Return what of a plan no network of this host wants any more."""
         kept = ops.union(self.network_plan(member) for member in self.members())
         return ops.without(plan, kept)
 
     async def clear(self, plan: Plan) -> None:
         """Take a plan out of the kernel; what is left is the next audit's."""
         try:
-            await self.dataplane.clear(plan)
+            await self.dataplane.clear(plan, self.unwanted)
         except KernelError as error:
             log.warning("kernel.not_cleared", error=str(error))

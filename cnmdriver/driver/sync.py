@@ -11,8 +11,9 @@ records say: it and what it stands on are reported, not removed.
 """
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import structlog
@@ -23,9 +24,10 @@ from cnmdriver.driver.ipam import IpamDriver
 from cnmdriver.driver.network import NetworkDriver
 from cnmdriver.driver.site import Site
 from cnmdriver.errors import DriverError, StoreError
-from cnmdriver.model import Pool, Reservation
+from cnmdriver.model import Member, Pool, Reservation
 from cnmdriver.plan import ops
 from cnmdriver.plan.ops import Plan, Veth
+from cnmdriver.plan.pools import parse_id
 from cnmdriver.store import records
 from cnmdriver.store.view import Draft
 
@@ -103,65 +105,54 @@ class Sync:
 
     async def repair(self) -> None:
         """Make the kernel equal to the plans."""
-        wanted = self.site.desired()
-        found = await self.site.dataplane.found(wanted)
-        difference = ops.compare(wanted, found)
-        problems: list[str] = []
-        if difference.lacking or difference.changed:
-            problems += await self.mend(wanted, difference)
+        found = await self.site.dataplane.found(self.site.desired())
+        # Looked at only now: a record is written before the kernel hears of it, so
+        # whatever was found has its record by this time, or is to go.
+        difference = ops.compare(self.site.desired(), found)
+        problems = await self.mend(difference)
         surplus, self.orphans = removable(difference.surplus, self.known_endpoints())
-        surplus = self.site.own(surplus)
         if surplus:
             log.info("sync.surplus", objects=[ops.name(op) for op in surplus])
             try:
-                await self.site.dataplane.clear(surplus)
+                await self.site.dataplane.clear(surplus, self.still_surplus)
             except DriverError as error:
                 problems.append(str(error))
         self.problems = tuple(problems)
+
+    def still_surplus(self, plan: Plan) -> Plan:
+        """Return what is in no plan by now."""
+        return ops.without(plan, self.site.desired())
 
     def known_endpoints(self) -> frozenset[str] | None:
         """Return the endpoints Docker has, None if it has not told."""
         return self.inventory.endpoints if self.inventory is not None else None
 
-    async def mend(self, wanted: Plan, difference: ops.Difference) -> list[str]:
-        """Apply what lacks or differs, with what stands on it; return what failed."""
+    async def mend(self, difference: ops.Difference) -> list[str]:
+        """
+        Apply what lacks or differs, with what stands on it; return what failed.
+
+        Each network and endpoint is a plan of its own: one that the kernel refuses
+        must not keep the others from being mended.
+        """
         amiss = {op.key for op in difference.lacking}
         amiss |= {op.key for op, _ in difference.changed}
-        for line in difference.lines():
+        for line in difference.lines(surplus=False):
             log.info("sync.repair", what=line)
         problems = []
-        for plan in self.parts(wanted, amiss):
+        for plan in self.plans() if amiss else ():
             try:
-                await self.site.dataplane.apply(plan)
+                await self.site.dataplane.apply(affected(plan, amiss))
             except DriverError as error:
                 log.error("sync.cannot_repair", error=str(error))
                 problems.append(str(error))
         return problems
 
-    def parts(self, wanted: Plan, amiss: set[ops.Key]) -> list[Plan]:
-        """
-        Cut what must be applied into one plan per network and endpoint.
-
-        One that the kernel refuses must not keep the others from being mended.
-        """
-        plans = []
-        for member in self.site.members():
-            plans.append(self.site.network_plan(member))
-            plans += [
-                self.site.endpoint_plan(e) for e in self.site.endpoints(member.network)
-            ]
-        del wanted
-        again: set[ops.Key] = set(amiss)
-        chosen = []
-        for plan in plans:
-            part = []
-            for op in plan:
-                if op.key in again or again.intersection(op.stands_on()):
-                    again.add(op.key)
-                    part.append(op)
-            if part:
-                chosen.append(tuple(part))
-        return chosen
+    def plans(self) -> Iterator[Plan]:
+        """Yield the plan of each network, and then of each of its endpoints."""
+        for member in list(self.site.members()):
+            yield self.site.network_plan(member)
+            for endpoint in self.site.endpoints(member.network):
+                yield self.site.endpoint_plan(endpoint)
 
     # What Docker no longer has, and what nobody claimed.
 
@@ -178,13 +169,25 @@ class Sync:
             if e.id not in have.endpoints
         }
         networks = {m.docker_id for m in members if m.docker_id not in have.networks}
-        gone = self.missing.expired({*endpoints, *networks})
+        pools = set(self.idle_claims(have))
+        gone = self.missing.expired({*endpoints, *networks, *pools})
         for name in gone.intersection(endpoints):
             log.warning("sync.endpoint_gone", endpoint=name[:12])
             await self.networks.remove(endpoints[name])
         for name in gone.intersection(networks):
             log.warning("sync.network_gone", network=name[:12])
             await self.drop_network(name)
+        for name in gone & pools:
+            log.warning("sync.pool_gone", pool=name)
+            await self.ipam.release_pool(name)
+
+    def idle_claims(self, have: Inventory) -> Iterator[str]:
+        """Yield claims for networks of others that Docker's list has no subnet for."""
+        for member in self.site.view.all(Member, "members/"):
+            if member.host == self.site.host.id and not member.docker_id:
+                for claim in member.claims:
+                    if parse_id(claim).pool not in have.pools:
+                        yield claim
 
     async def drop_network(self, docker_id: str) -> None:
         """Remove a network whose removal Docker could not tell us, pools included."""
@@ -229,22 +232,9 @@ class Sync:
 
     async def follow(self, docker: DockerApi, driver: str) -> None:
         """Read Docker's lists at each of its events, until it goes away."""
-        events = docker.events()
-        fresh = asyncio.Event()
-
-        async def collect() -> None:
+        async with contextlib.aclosing(docker.events()) as events:
             async for _ in events:
-                fresh.set()
-
-        async with asyncio.TaskGroup() as group:
-            collecting = group.create_task(collect())
-            while not collecting.done():
-                try:
-                    async with asyncio.timeout(self.audit):
-                        await wait_either(fresh, collecting)
-                except TimeoutError:
-                    pass
-                fresh.clear()
+                # What happens meanwhile comes as one event more.
                 await asyncio.sleep(SETTLE)
                 self.learn(await docker.inventory(driver))
 
@@ -270,13 +260,14 @@ class Sync:
         )
 
 
-async def wait_either(event: asyncio.Event, task: asyncio.Task[None]) -> None:
-    """Wait for an event, or for a task that can no longer set it."""
-    waiting = asyncio.ensure_future(event.wait())
-    try:
-        await asyncio.wait({waiting, task}, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        waiting.cancel()
+def affected(plan: Plan, amiss: set[ops.Key]) -> Plan:
+    """Return what of a plan is amiss or stands on it; `amiss` grows by the latter."""
+    part = []
+    for op in plan:
+        if op.key in amiss or amiss.intersection(op.stands_on()):
+            amiss.add(op.key)
+            part.append(op)
+    return tuple(part)
 
 
 def removable(

@@ -88,7 +88,11 @@ def block(purpose: str, group: Plan) -> Iterator[str]:
     """Yield the lines of operations that have one purpose."""
     chains = [c for op in group if isinstance(op, Accept) for c in chain(op.version)]
     if chains:
-        yield from ("", "# Docker: the chain it leaves to others", *map(shlex.join, chains))
+        yield from (
+            "",
+            "# Docker: the chain it leaves to others",
+            *map(shlex.join, chains),
+        )
     yield from ("", f"# {purpose}")
     for op in group:
         if isinstance(op, Hold):

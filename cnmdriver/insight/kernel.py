@@ -39,14 +39,19 @@ def is_host_setting(op: Op) -> bool:
 
 
 def listed(found: Iterable[Op]) -> list[Json]:
-    """Return operations in an order of their own."""
-    return [describe(op) for op in sorted(found, key=lambda op: op.key)]
+    """Return operations by kind and key."""
+    return [describe(op) for op in sorted(found, key=lambda op: (kind(op), op.key))]
+
+
+def kind(op: Op) -> str:
+    """Name the type of an operation."""
+    return type(op).__name__.lower()
 
 
 def describe(op: Op) -> Json:
     """Return an operation as a value for JSON."""
     return {
-        "kind": type(op).__name__.lower(),
+        "kind": kind(op),
         "key": list(op.key),
         **{f.name: plain(getattr(op, f.name)) for f in fields(op)},
     }

@@ -114,20 +114,27 @@ def ports(site: Site) -> list[Json]:
         for one in site.endpoints(member.network)
         for published in one.published
     ]
-    return sorted(
-        found, key=lambda p: (p["host_port"], p["protocol"], p["host_ip"] or "")
-    )
+    order = ("protocol", "host_ip", "endpoint_id")
+    found.sort(key=lambda p: [str(p[name]) for name in order])
+    return sorted(found, key=lambda p: str(p["host_port"]).zfill(5))
 
 
-def port(published: Published, one: Endpoint) -> dict[str, object]:
+def port(published: Published, one: Endpoint) -> Json:
     """Return a published port; `host_ip` null stands for every address."""
     return {
         "protocol": PROTOCOLS[published.protocol],
         "host_ip": text(published.host_ip),
         "host_port": published.host_port,
-        "address": text(relayed(published.host_ip, one)),
+        "addresses": [str(ip) for ip in targets(published.host_ip, one)],
         "port": published.port,
     }
+
+
+def targets(host_ip: IPAddress | None, one: Endpoint) -> list[IPAddress]:
+    """Return where a published port leads: each family to its own address."""
+    own = [a.ip for a in one.addresses]
+    same = [ip for ip in own if host_ip is None or ip.version == host_ip.version]
+    return same or [ip for ip in (relayed(host_ip, one),) if ip is not None]
 
 
 def pools(site: Site) -> list[Json]:

@@ -1,18 +1,19 @@
 """Is it well: the daemon, its store, Docker's door, and what needs attention."""
 
 import re
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Mapping
 
 from cnmdriver.driver.site import Site
 from cnmdriver.errors import DriverError
 from cnmdriver.insight import kernel
 from cnmdriver.insight.report import Json, ports
 from cnmdriver.model import Reservation
+from cnmdriver.plan.ops import Difference
 
 SECRET = re.compile(r"(?<=://)[^/@]*@")
 """User and password in the address of a store."""
-SHOWN = 5
-"""How many of one kind are named; `pynet diff` and `pynet census` have them all."""
+SHOWN = 3
+"""How many differences are named; of more there is only the number."""
 
 
 async def status(site: Site, info: Mapping[str, object]) -> Json:
@@ -77,7 +78,7 @@ async def outbox(site: Site) -> AsyncIterator[str]:
         yield f"the local database cannot be read: {error}"
         return
     if pending:
-        yield f"{pending} removals wait for the store; they are written when it is back"
+        yield f"changes that wait until the store is back: {pending}"
 
 
 async def differences(site: Site) -> AsyncIterator[str]:
@@ -88,9 +89,8 @@ async def differences(site: Site) -> AsyncIterator[str]:
     except DriverError as error:
         yield f"the kernel cannot be read: {error}"
         return
-    lines = list(found.lines())
-    if lines:
-        yield f"the kernel differs from the plans: {some(lines)}; see pynet diff"
+    if found:
+        yield f"the kernel differs from the plans: {summary(found)}; see pynet diff"
     for name, alias in sorted(foreign):
         yield (
             f"device {name} is another pynet's ({alias}) and left alone; if that "
@@ -98,8 +98,12 @@ async def differences(site: Site) -> AsyncIterator[str]:
         )
 
 
-def some(lines: Iterable[str]) -> str:
-    """Name the first few."""
-    every = list(lines)
-    more = f" and {len(every) - SHOWN} more" if len(every) > SHOWN else ""
-    return ", ".join(every[:SHOWN]) + more
+def summary(found: Difference) -> str:
+    """Name a few differences, or count many."""
+    lines = list(found.lines())
+    if len(lines) <= SHOWN:
+        return ", ".join(lines)
+    numbers = (len(found.lacking), len(found.changed), len(found.surplus))
+    words = ("lacking", "not as planned", "too much")
+    parts = zip(numbers, words, strict=True)
+    return ", ".join(f"{number} {word}" for number, word in parts if number)

@@ -11,12 +11,15 @@ The rules come before the device, so that no packet ever finds the bridge unguar
 """
 
 from collections.abc import Iterator
+from ipaddress import IPv6Interface
 
 from cnmdriver.model import Endpoint, IPAddress, Member, Network, Published
 from cnmdriver.plan import devices, firewall
 from cnmdriver.plan.ops import Accept, Address, Bridge, Hold, Op, Plan, Sysctl, Veth
 
 MTU = 1500
+LINK_LOCAL = IPv6Interface("fe80::1/64")
+"""The address of every bridge with IPv6; Docker gives its own bridges the same."""
 
 
 def network(network: Network, member: Member) -> Plan:
@@ -92,9 +95,14 @@ def settings(network: Network, bridge: str) -> Iterator[Op]:
 
 def addresses(network: Network, bridge: str) -> Iterator[Address]:
     """Yield the gateway addresses; with Docker as the gateway the host has none."""
+    if network.gateway != "pynet":
+        return
+    if network.has(6):
+        # A router asks for its neighbours from a link-local address, and from no other.
+        yield Address(device=bridge, interface=LINK_LOCAL)
     for subnet in network.subnets:
         gateway = subnet.gateway_interface
-        if gateway is not None and network.gateway == "pynet":
+        if gateway is not None:
             yield Address(device=bridge, interface=gateway)
 
 

@@ -76,8 +76,9 @@ class Sysctl(Op):
         return (("device", self.where, self.device),) if self.device else ()
 
     def commands(self) -> tuple[Command, ...]:
-        # The slash form of a name: device names may have dots.
-        return (("sysctl", "-qw", f"{self.path}={self.value}"),)
+        # The slash form of a name: device names may have dots. A device of less than
+        # 1280 bytes has no IPv6, and no setting of it: that is no error.
+        return (("sysctl", "-qew", f"{self.path}={self.value}"),)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,12 +97,14 @@ class Bridge(Op):
 
     def commands(self) -> tuple[Command, ...]:
         # The MTU comes last: a bridge without ports takes it only once it exists,
-        # and setting it stops the kernel from following the smallest port.
+        # and setting it stops the kernel from following the smallest port. Below 1280
+        # it takes IPv6 away, and with it what is set before.
         link = ("ip", "link")
         return (
             (*link, "add", self.name, "address", self.mac, "group", str(GROUP))
             + ("type", "bridge", "mcast_snooping", "0"),
-            (*link, "set", self.name, "addrgenmode", "none", "mtu", str(self.mtu)),
+            (*link, "set", self.name, "addrgenmode", "none"),
+            (*link, "set", self.name, "mtu", str(self.mtu)),
             (*link, "set", self.name, "alias", self.alias or ""),
             (*link, "set", self.name, "up"),
         )
@@ -157,6 +160,8 @@ class Veth(Op):
 
     def commands(self) -> tuple[Command, ...]:
         mtu, group = ("mtu", str(self.mtu)), ("group", str(GROUP))
+        # A device of less than 1280 has no IPv6 at all.
+        mode = ("addrgenmode", "none") if self.mtu >= 1280 else ()
         port = (
             ("hairpin", "on" if self.hairpin else "off")
             + ("isolated", "on" if self.isolated else "off")
@@ -164,8 +169,7 @@ class Veth(Op):
         return (
             ("ip", "link", "add", self.name, *mtu, *group, "type", "veth", "peer")
             + ("name", self.peer or "", *mtu, *group, "address", self.mac or ""),
-            ("ip", "link", "set", self.name, "addrgenmode", "none")
-            + ("master", self.bridge),
+            ("ip", "link", "set", self.name, *mode, "master", self.bridge),
             ("ip", "link", "set", self.name, "alias", self.alias or ""),
             ("bridge", "link", "set", "dev", self.name, *port),
             ("ip", "link", "set", self.name, "up"),
@@ -324,13 +328,13 @@ class Difference:
         """Tell whether there is any difference."""
         return bool(self.lacking or self.changed or self.surplus)
 
-    def lines(self) -> Iterator[str]:
+    def lines(self, *, surplus: bool = True) -> Iterator[str]:
         """Yield one line for each object: `+` lacks, `~` differs, `-` is too much."""
         for op in self.lacking:
             yield f"+ {name(op)}"
         for wanted, found in self.changed:
             yield f"~ {name(wanted)}: {describe(wanted, found)}"
-        for op in self.surplus:
+        for op in self.surplus if surplus else ():
             yield f"- {name(op)}"
 
 

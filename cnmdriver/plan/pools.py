@@ -114,20 +114,26 @@ def bounds(pool: IPNetwork) -> tuple[int, int]:
     return first + 1, last - (1 if pool.version == 4 else 0)
 
 
-def capacity(pool: IPNetwork) -> int:
-    """Count the addresses that can be given out, the gateway's included."""
+def window(pool: IPNetwork, sub: IPNetwork | None) -> tuple[int, int]:
+    """Return the first and last number that is given out unasked."""
     first, last = bounds(pool)
-    return last - first + 1
+    if sub is None:
+        return first, last
+    low, high = int(sub.network_address), int(sub.broadcast_address)
+    return max(first, low), min(last, high)
+
+
+def capacity(pool: IPNetwork, sub: IPNetwork | None = None) -> int:
+    """Count the addresses that can be given out, the gateway's included."""
+    first, last = window(pool, sub)
+    return max(0, last - first + 1)
 
 
 def candidates(
     pool: IPNetwork, sub: IPNetwork | None, taken: Collection[int]
 ) -> Iterator[IPAddress]:
     """Yield the free addresses of a pool, or of its sub-pool, lowest first."""
-    first, last = bounds(pool)
-    if sub is not None:
-        first = max(first, int(sub.network_address))
-        last = min(last, int(sub.broadcast_address))
+    first, last = window(pool, sub)
     kind = type(pool.network_address)
     for number in range(first, last + 1):
         if number not in taken:

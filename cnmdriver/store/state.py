@@ -56,6 +56,8 @@ class State:
         self.view = View()
         self.away: str | None = None
         """Why the store cannot be used now, None if it can."""
+        self.behind = True
+        """Whether the outbox may hold what is not in the store yet."""
 
     async def open(self) -> None:
         """Read everything, and make the cluster's record if the store is empty."""
@@ -66,8 +68,8 @@ class State:
             if draft.get(Cluster, records.CLUSTER) is None:
                 draft.put(records.CLUSTER, identity)
 
-        await self.commit(found)
         await self.replay()
+        await self.commit(found)
 
     async def relist(self) -> bool:
         """Read everything anew. Tell whether there was news."""
@@ -80,6 +82,9 @@ class State:
 
         Raises what the decision raises, and StoreError if the store is away.
         """
+        # In order: what was deferred must not undo what is decided now.
+        if self.behind:
+            await self.replay()
         for _ in range(TRIES):
             draft = Draft(self.view)
             result = decision(draft)
@@ -98,9 +103,20 @@ class State:
         raise StoreError("lost 50 races for the same record in turn; try again")
 
     async def write(self, change: Change) -> None:
-        """Commit a transaction and take it into the view."""
+        """
+        Commit a transaction and take it into the view.
+
+        A cancel counts when that has ended, so that its caller can take it back.
+        """
         await self.step("commit.before")
-        revision = await self.store.commit(change)
+        writing = asyncio.ensure_future(self.store.commit(change))
+        try:
+            revision = await asyncio.shield(writing)
+        except asyncio.CancelledError:
+            await asyncio.wait({writing})
+            if not writing.cancelled() and writing.exception() is None:
+                self.take(change, writing.result())
+            raise
         await self.step("commit.after")
         self.take(change, revision)
 
@@ -128,6 +144,7 @@ class State:
                 "store.deferred", keys=sorted(change.written()), error=str(error)
             )
             # Nothing may stop a removal: at worst the next audit does it again.
+            self.behind = True
             with contextlib.suppress(StoreError):
                 await self.local.remember(change)
             for key in change.written():
@@ -139,6 +156,7 @@ class State:
         for number, change in await self.local.pending():
             self.take(change, await self.store.commit(change))
             await self.local.done(number)
+        self.behind = False
 
     async def follow(self) -> None:
         """Keep the view true until cancelled: watch, and read anew at intervals."""

@@ -85,6 +85,7 @@ class View:
         """Take in a whole listing: what it lacks is gone. Tell if there is news."""
         listed = dict(items)
         news = False
+        self.malformed = {k: v for k, v in self.malformed.items() if k in listed}
         for group in list(self.groups.values()):
             for key in [k for k in group if k not in listed]:
                 if self.written.get(key, 0) <= revision:

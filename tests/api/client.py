@@ -65,7 +65,7 @@ class Docker:
 async def eventually(holds):
     """Wait until a condition holds that no event tells."""
     async with asyncio.timeout(5):
-        while not holds():  # noqa: ASYNC110
+        while not holds():
             await asyncio.sleep(0.01)
 
 

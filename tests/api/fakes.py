@@ -75,7 +75,7 @@ class FakeIpam:
     """An IPAM driver with one pool and one address, which notes each call."""
 
     def __init__(self, networks: FakeNetworks) -> None:
-        self._note = networks._note  # noqa: SLF001
+        self._note = networks._note
 
     async def request_pool(self, **kwargs):
         await self._note("request_pool", **kwargs)

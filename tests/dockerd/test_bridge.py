@@ -255,7 +255,7 @@ def test_the_default_route_stays_when_another_network_comes_and_goes(
         ]
 
     before = routes_of_the_host()
-    first, second = scene.network(name="aaa"), scene.network(*dual(10), name="zzz")
+    first, second = scene.network(*dual(10), name="aaa"), scene.network(*dual(11), name="zzz")
     one = scene.run(first)
     kept = one.default_routes()
     assert len(kept) == 1

@@ -105,13 +105,21 @@ class Place:
 
     def udp(self, address: str, port: int, timeout: float = PATIENCE) -> Answer | None:
         """Send a datagram and return the answer, None if there is none."""
-        with self.udp_client(address, port) as client:
+        try:
+            client = self.udp_client(address, port)
+        except OSError:
+            return None
+        with client:
             return asked(client, timeout)
 
     def udp_client(self, address: str, port: int) -> socket.socket:
         """Return a socket that takes answers from this address and port alone."""
         client = self.open(family_of(address), socket.SOCK_DGRAM)
-        client.connect((address, port))
+        try:
+            client.connect((address, port))
+        except OSError:
+            client.close()
+            raise
         return client
 
     def refused(self, targets: Sequence[tuple[str, int]], kind: str = "tcp") -> bool:
@@ -384,14 +392,9 @@ class Scene:
 
 
 def bridge_of(host: Host, network: str) -> str:
-    """Return the device of a network of pynet's: the one with its gateway."""
-    found = api(host, "GET", f"/networks/{network}")
-    gateway = found["IPAM"]["Config"][0]["Gateway"].partition("/")[0]
-    shown = json.loads(host.exec("ip", "-j", "addr").stdout)
-    for device in shown:
-        if gateway in [a["local"] for a in device["addr_info"]]:
-            return str(device["ifname"])
-    raise LabError(f"no device has the gateway {gateway} of {network}")
+    """Return the device of a network of pynet's."""
+    shown = json.loads(host.pynet("network", "inspect", network, "--json").stdout)
+    return str(shown["bridge"])
 
 
 # What a host has of pynet's.

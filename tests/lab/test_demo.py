@@ -1,0 +1,169 @@
+"""`make demo`: it tells its story to the end, and the machine does not notice."""
+
+import os
+import re
+import secrets
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import cnmdriver
+from cnmdriver.lab import demo, process
+from cnmdriver.lab.lab import Lab
+from cnmdriver.lab.machine import wait_until
+
+pytestmark = [pytest.mark.root, pytest.mark.dockerd, pytest.mark.timeout(60)]
+
+PACKAGE = Path(str(cnmdriver.__file__)).parent.parent
+COUNTERS = re.compile(
+    r"fs\.(dentry-state|file-nr|inode-nr|inode-state|quota)|kernel\.(ns_last_pid|random)"
+    r"|kernel\.pty\.nr|net\.netfilter\.nf_conntrack_count"
+)
+
+
+def machine_state() -> dict[str, list[str]]:
+    """Return what the demo must not change on the machine it runs on."""
+    commands = {
+        "links": ["ip", "-o", "link"],
+        "addresses": ["ip", "-o", "addr"],
+        "routes": ["ip", "route", "show", "table", "all"],
+        "namespaces": ["ip", "netns"],
+        "nft": ["nft", "-s", "list", "ruleset"],
+        "iptables": ["iptables-save"],
+        "ip6tables": ["ip6tables-save"],
+        "mounts": ["cat", "/proc/self/mounts"],
+        "sysctls": ["sysctl", "-a"],
+    }
+    state = {name: process.run(argv).stdout for name, argv in commands.items()}
+    lines = {name: text.splitlines() for name, text in state.items()}
+    for name in ("iptables", "ip6tables"):
+        rules = [line for line in lines[name] if line[:1] != "#"]
+        lines[name] = [re.sub(r"\[\d+:\d+\]", "", line) for line in rules]
+    lines["routes"] = [line.strip() for line in lines["routes"]]
+    lines["sysctls"] = [line for line in lines["sysctls"] if not COUNTERS.match(line)]
+    return lines
+
+
+def marked(mark: str) -> list[int]:
+    """Return the processes that the demo with this mark has started, and it itself."""
+    found = []
+    for pid in process.processes():
+        try:
+            if mark.encode() in Path(f"/proc/{pid}/environ").read_bytes():
+                found.append(pid)
+        except OSError:
+            continue
+    return found
+
+
+def start(mark: str, directory: Path) -> subprocess.Popen[str]:
+    """Start the demo; all its processes carry the mark in their environment."""
+    env = os.environ | {"DEMO_MARK": mark, "TMPDIR": str(directory)}
+    return subprocess.Popen(
+        [sys.executable, "-m", "cnmdriver.lab.demo"],
+        cwd=PACKAGE,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_demo_plays_to_its_end_and_leaves_the_machine_as_it_was(tmp_path: Path) -> None:
+    """
+    The demo ends with 0 and printed every command, and nothing of it is left.
+
+    1. The machine's links, routes, firewall, mounts and settings are noted.
+    2. The demo runs, piped.
+
+    Result: exit code 0, no colours; the machine is as before, no process of the demo
+    runs, and so none of its namespaces exists; its directory is empty.
+    """
+    mark = secrets.token_hex(8)
+    before = machine_state()
+    with start(mark, tmp_path) as child:
+        assert child.stdout is not None
+        said = child.stdout.read()
+    assert child.returncode == 0, said
+    shown = [line for line in said.splitlines() if line.startswith("$ ")]
+    wanted = [f"$ {c.line}" for step in demo.STORY for c in step.commands]
+    assert shown == wanted
+    assert "\x1b" not in said
+    assert machine_state() == before
+    assert marked(mark) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_demo_that_is_stopped_leaves_nothing(tmp_path: Path, signum: int) -> None:
+    """A demo that is told to stop in the middle takes its lab down."""
+    mark = secrets.token_hex(8)
+    with start(mark, tmp_path) as child:
+        assert child.stdout is not None
+        while "docker run" not in child.stdout.readline():
+            assert child.poll() is None
+        child.send_signal(signum)
+        child.stdout.read()
+    assert child.returncode == 128 + signum
+    assert wait_until(lambda: not marked(mark), 5.0)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "problem"),
+    [
+        (demo.does("true", "word"), "`true` should have printed 'word'"),
+        (demo.does("false", ""), "`false` ended with 1"),
+        (demo.fails("echo word", "word"), "`echo word` should have failed"),
+        (demo.fails("ls /nowhere", "word"), "`ls /nowhere` should have printed 'word'"),
+        (demo.does("echo word", "word"), ""),
+        (demo.fails("ls /nowhere", "No such file"), ""),
+    ],
+)
+def test_what_differs_from_the_expectation_is_told(
+    bare: Lab, command: demo.Command, problem: str
+) -> None:
+    """A command that does not do what its step says is named, with what it lacks."""
+    assert demo.perform(bare.hosts[0], command) == problem
+
+
+def test_a_failing_step_ends_the_story(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first step that fails is named, the exit code is 1, and the lab is gone."""
+    step = demo.STORY[0]
+    wrong = demo.fails("docker version", "")
+    story = (
+        demo.Step(title=step.title, text=step.text, commands=(wrong, *step.commands)),
+    )
+    monkeypatch.setattr(demo, "STORY", story)
+    assert demo.play(place) == 1
+    said = capsys.readouterr().out
+    assert "Step 1 failed: `docker version` should have failed" in said
+    assert "docker run" not in said
+    assert not place.exists()
+
+
+def test_long_output_is_shortened_in_the_middle() -> None:
+    """Head and tail are kept, and a note says how many lines are left out."""
+    command = demo.does("x", "", head=2, tail=1)
+    lines = ["1", "2", "3", "4", "5"]
+    assert demo.shortened(lines, command) == ["1", "2", "... 2 more lines ...", "5"]
+    assert demo.shortened(lines[:4], command) == lines[:4]
+
+
+@pytest.fixture(scope="module")
+def bare(make_module_lab: Callable[..., Lab]) -> Lab:
+    """Return a host without pynet; leave it as found."""
+    return make_module_lab(serve=False)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """Return a directory for a lab."""
+    return tmp_path / "place"

@@ -1,0 +1,137 @@
+"""
+Run every suite, each to its end, and print how long each took.
+
+`python tests/run.py DIRECTORY…` takes the directories that `make check` runs without
+root; of those only the tests that need it are left. Each other directory of tests is a
+suite of its own. A test that was skipped counts as failed: markers choose, nothing
+skips. The exit code is 0 only if something passed and nothing failed.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+TESTS = Path(__file__).parent
+LIMIT = 1800
+"""Seconds for one suite."""
+NO_TESTS = 5
+"""pytest's exit code when there was nothing to run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Suite:
+    """A command that runs pytest, and its name in the table."""
+
+    name: str
+    argv: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How a suite ended."""
+
+    name: str
+    passed: int
+    failed: int
+    seconds: float
+
+
+def main(quick: Sequence[str]) -> int:
+    """Run all suites; return the exit code."""
+    interrupted: list[int] = []
+    # Ctrl-C reaches the suite as well, which then cleans up; it must not be left alone.
+    signal.signal(signal.SIGINT, lambda number, _: interrupted.append(number))
+    outcomes = []
+    for suite in suites(quick):
+        outcomes.append(run(suite))
+        if interrupted:
+            print("interrupted: the other suites were not run")
+            break
+    report(outcomes)
+    failed = sum(outcome.failed for outcome in outcomes)
+    passed = sum(outcome.passed for outcome in outcomes)
+    print(f"{passed} passed, {failed} failed")
+    return 1 if failed or interrupted or not passed else 0
+
+
+def suites(quick: Sequence[str]) -> Iterator[Suite]:
+    """Yield what there is to run, quick ones first."""
+    yield Suite(name="check", argv=("make", "--no-print-directory", "check"))
+    if quick:
+        yield Suite(name="check, as root", argv=as_root("-m", "root", *quick))
+    for directory in sorted({path.parent for path in TESTS.rglob("test_*.py")}):
+        name = str(directory.relative_to(TESTS.parent))
+        if not any(name == q or name.startswith(f"{q}/") for q in quick):
+            yield Suite(name=name, argv=as_root(name))
+
+
+def as_root(*arguments: str) -> tuple[str, ...]:
+    """Return the command that runs pytest as root, for a limited time."""
+    limit = ("timeout", "--foreground", "--signal=INT", "--kill-after=60", str(LIMIT))
+    pytest = (sys.executable, "-m", "pytest", *arguments)
+    if os.geteuid() == 0:
+        return (*limit, *pytest)
+    # Root's files must not lie about in another user's directory.
+    environment = (
+        f"PATH={os.environ['PATH']}",
+        "PYTHONDONTWRITEBYTECODE=1",
+        "HYPOTHESIS_STORAGE_DIRECTORY=/var/cache/pynet-tests",
+    )
+    sudo = ("deploy/as-root", "env", *environment)
+    return (*sudo, *limit, *pytest, "-p", "no:cacheprovider")
+
+
+def run(suite: Suite) -> Outcome:
+    """Run a suite, and count."""
+    print(f"\n=== {suite.name}", flush=True)
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory() as directory:
+        result = Path(directory, "result.xml")
+        argv = [*suite.argv]
+        environment = dict(os.environ)
+        if suite.name == "check":
+            environment["PYTEST_ADDOPTS"] = f"--junitxml={result}"
+        else:
+            argv.append(f"--junitxml={result}")
+        code = subprocess.run(argv, env=environment, check=False).returncode
+        passed, failed = count(result)
+    if code not in {0, NO_TESTS} and not failed:
+        failed = 1
+    seconds = time.monotonic() - begin
+    return Outcome(name=suite.name, passed=passed, failed=failed, seconds=seconds)
+
+
+def count(result: Path) -> tuple[int, int]:
+    """Return how many tests passed and how many did not, by pytest's own record."""
+    if not result.exists():
+        return 0, 0
+    passed = failed = 0
+    for suite in ET.parse(result).iter("testsuite"):
+        number = {k: int(suite.get(k, 0)) for k in ("errors", "failures", "skipped")}
+        failed += sum(number.values())
+        passed += int(suite.get("tests", 0)) - sum(number.values())
+    return passed, failed
+
+
+def report(outcomes: Sequence[Outcome]) -> None:
+    """Print the table."""
+    width = max(len(outcome.name) for outcome in outcomes)
+    print(f"\n{'suite':{width}}  passed  failed  seconds")
+    for outcome in outcomes:
+        print(
+            f"{outcome.name:{width}}  {outcome.passed:6}  {outcome.failed:6}"
+            f"  {outcome.seconds:7.1f}"
+        )
+    total = sum(outcome.seconds for outcome in outcomes)
+    print(f"{'all':{width}}  {'':6}  {'':6}  {total:7.1f}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

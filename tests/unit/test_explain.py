@@ -1,0 +1,189 @@
+"""The text of `pynet explain`: whole, in order, each thing once, safe to run."""
+
+import shlex
+from dataclasses import replace
+from ipaddress import ip_address
+
+import pytest
+
+from cnmdriver.insight.explain import Part, explain, script
+from cnmdriver.model import TCP
+from cnmdriver.plan.ops import Accept, Bridge, Hold
+from cnmdriver.store import records
+from tests import scene
+from tests.fakes import rig
+
+
+@pytest.fixture
+async def made(tmp_path):
+    """Build a host with two networks and three sandboxed devices."""
+    async with rig(tmp_path) as built:
+        await scene.populate(built)
+        yield built
+
+
+def text_of(made):
+    """Return the text for all networks."""
+    return explain(made.site, list(made.site.members()))
+
+
+def commands(text):
+    """Return the commands of a text, as bash splits them."""
+    lines = "\n".join(line for line in text.splitlines() if not line.startswith("#"))
+    words, found = shlex.shlex(lines, posix=True, punctuation_chars="\n"), []
+    words.whitespace = " \t"
+    words.whitespace_split = True
+    words.commenters = ""
+    command = []
+    for word in words:
+        if word.strip("\n"):
+            command.append(word)
+        elif command:
+            found.append(tuple(command))
+            command = []
+    return found + ([tuple(command)] if command else [])
+
+
+async def test_every_operation_has_its_commands_once(made):
+    """Each command of each planned operation stands in the text exactly once."""
+    found = commands(text_of(made))
+    for op in made.site.desired():
+        for command in op.commands():
+            if command[:2] == ("nft", "add"):
+                command = (*command[:6], f"{{ {op.text} }}")
+            assert found.count(command) == 1, command
+
+
+async def test_shared_operations_come_with_the_first_network(made):
+    """The table and the rules that all networks share precede the second network."""
+    text = text_of(made)
+    first, second = text.split("======== network green")
+    assert first.count("table inet pynet {") == 1
+    assert "table inet pynet {" not in second
+    assert "iptables" not in second
+
+
+async def test_dockers_chain_precedes_the_first_rule(made):
+    """Docker's chain is marked and made once per version, before our rules in it."""
+    lines = text_of(made).splitlines()
+    mark = lines.index("# Docker: the chain it leaves to others")
+    for tool in ("iptables", "ip6tables"):
+        made_at = lines.index(f"{tool} -w 5 -N DOCKER-USER")
+        ours = [
+            n for n, line in enumerate(lines) if line.startswith(f"{tool} -w 5 -I D")
+        ]
+        assert mark < made_at < min(ours)
+        assert len(ours) == 2
+
+
+async def test_docker_puts_a_device_into_its_sandbox(made):
+    """What Docker does after Join stands below its mark, in the order it does it."""
+    section = text_of(made).split("======== endpoint db on network blue")[1]
+    section = section.split("# ====")[0]
+    assert section.split("# Docker: the sandbox\n")[1].split("\n") == [
+        "ip netns add bbbbbbbbbbbb",
+        "ip link set pc-3a26c64231 netns bbbbbbbbbbbb name eth0",
+        "ip -n bbbbbbbbbbbb link set eth0 address 02:42:0a:01:00:03",
+        "ip -n bbbbbbbbbbbb addr add 10.1.0.3/24 dev eth0",
+        "ip -n bbbbbbbbbbbb addr add fd00:1::3/64 dev eth0 nodad",
+        "ip -n bbbbbbbbbbbb link set eth0 up",
+        "ip -n bbbbbbbbbbbb -4 route add default via 10.1.0.1",
+        "ip -n bbbbbbbbbbbb -6 route add default via fd00:1::1",
+        "",
+        "",
+    ]
+
+
+async def test_sandbox_on_two_networks(made):
+    """A sandbox is made once, its devices are counted, and it has one way out."""
+    found = [c for c in commands(text_of(made)) if "aaaaaaaaaaaa" in c]
+    assert found.count(("ip", "netns", "add", "aaaaaaaaaaaa")) == 1
+    assert [c[-1] for c in found if "netns" in c and "name" in c] == ["eth0", "eth1"]
+    ways = [c[-1] for c in found if "default" in c]
+    assert ways == ["10.1.0.1", "fd00:1::1"]
+
+
+async def test_endpoint_without_a_sandbox(made):
+    """An endpoint that has not joined is named, and nothing is typed for it."""
+    section = text_of(made).split("======== endpoint batch on network green")[1]
+    section = section.split("# ====")[0]
+    assert section.strip() == "# it has not joined a sandbox: nothing holds for it yet"
+
+
+async def test_held_ports_are_comments(made):
+    """Ports the daemon holds are told in comments, as there is no command for it."""
+    section = text_of(made).split("======== endpoint web on network blue")[1]
+    assert "\n# - 8080/tcp\n# - 5353/udp of 127.0.0.1\n" in section
+
+
+async def test_one_network_is_whole(made):
+    """The text for one network alone has all that the network stands on."""
+    member = made.site.member(scene.GREEN)
+    text = explain(made.site, [member])
+    assert "network blue" not in text
+    assert "table inet pynet {" in text
+    assert ("ip", "netns", "add", "aaaaaaaaaaaa") in commands(text)
+    assert "ip -n aaaaaaaaaaaa -4 route add default via 10.2.0.1" in text
+
+
+async def test_gateway_of_docker_is_said(tmp_path):
+    """On a network whose way out is Docker's there is no route, but a remark."""
+    async with rig(tmp_path) as made:
+        await scene.network(made, scene.BLUE, "10.1.0.0/24", gateway="docker")
+        await scene.endpoint(made, scene.BLUE, scene.WEB, "10.1.0.2/24")
+        await made.networks.join(scene.BLUE, scene.WEB, scene.SANDBOX + "cc")
+        text = text_of(made)
+    assert "route add default" not in text
+    assert "# Docker: the way out is a device of its own, on docker_gwbridge" in text
+
+
+async def test_lost_network_record(made):
+    """A network whose record is gone is named; the others are explained."""
+    member = made.site.member(scene.GREEN)
+    key = records.network(member.network)
+    made.site.view.write(key, None, made.site.view.seen(key) + 1)
+    text = text_of(made)
+    assert "network green\n\n# it has no record in the store" in text
+    assert "network blue" in text
+
+
+async def test_names_cannot_leave_their_comment(made):
+    """A name with a line break stays in its comment and runs nothing."""
+    made.site.names[scene.BLUE] = "blue\nreboot\x1b[2J"
+    made.site.names[scene.WEB] = "web\r\nreboot"
+    text = text_of(made)
+    assert "# ======== network blue?reboot?[2J 10.1.0.0/24" in text
+    assert ("reboot",) not in commands(text)
+    assert "\x1b" not in text
+
+
+async def test_hostile_ids_are_quoted(made):
+    """What others chose freely is one word of a command, whatever is in it."""
+    endpoint = made.site.endpoints(made.site.member(scene.BLUE).network)[0]
+    hostile = replace(
+        endpoint, id="x; reboot\n$(reboot)", sandbox="/run/`reboot`; reboot"
+    )
+    await made.networks.put(hostile)
+    found = commands(text_of(made))
+    assert not [c for c in found if c[0] == "reboot"]
+    assert ("ip", "netns", "add", "`reboot`; reboot") in found
+
+
+def test_nothing_is_explained_by_the_head_alone():
+    """Without networks the text has comments only."""
+    assert commands(script("h1", [])) == []
+
+
+def test_parts_of_one_purpose_share_a_comment():
+    """Operations of one kind in a row stand below one comment."""
+    bridge = Bridge(name="b", mac="02:42:0a:01:00:01", mtu=1500, alias="a")
+    hold = Hold(
+        protocol=TCP,
+        address=ip_address("::1"),
+        port=80,
+        target=None,
+        target_port=80,
+    )
+    text = script("h", [Part(title="t", plan=(bridge, Accept(version=4), hold, hold))])
+    assert text.count("# the bridge\n") == 1
+    assert text.count("# - 80/tcp of ::1\n") == 1
