@@ -93,7 +93,7 @@ class Daemon:
         self.started = time.monotonic()
         networks = NetworkDriver(site)
         ranges = [pools.parse_range(t) for t in settings.default_pools.split(",")]
-        ipam = IpamDriver(site, ranges, networks.remove)
+        ipam = IpamDriver(site, ranges, networks)
         docker = DockerApi(settings.docker) if settings.docker else None
         self.sync = Sync(
             site, networks, ipam, docker, grace=settings.grace, audit=settings.audit

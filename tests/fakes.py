@@ -34,6 +34,7 @@ class FakeKernel:
         self.busy: set[tuple[int, int]] = set()
         self.route_list: tuple[tuple[IPNetwork, str], ...] = ()
         self.applied = 0
+        self.dead: set[str] = set()
 
     async def apply(self, plan: Plan) -> None:
         """Take all or nothing."""
@@ -85,6 +86,10 @@ class FakeKernel:
     def route(self, cidr: str, device: str) -> None:
         """Give the host a route."""
         self.route_list = (*self.route_list, (ip_network(cidr), device))
+
+    def has_sandbox(self, key: str) -> bool:
+        """Tell whether the test let the sandbox live."""
+        return key not in self.dead
 
     def changed_sysctls(self) -> dict[str, str]:
         """Return nothing."""
@@ -141,7 +146,7 @@ async def rig(
     )
     networks = NetworkDriver(site)
     ranges = [pools.parse_range(text) for text in POOLS.split(",")]
-    ipam = IpamDriver(site, ranges, networks.remove)
+    ipam = IpamDriver(site, ranges, networks)
     try:
         yield Rig(site, kernel, state, networks, ipam, steps)
     finally:

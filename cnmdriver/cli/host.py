@@ -39,7 +39,7 @@ def summary(found: Any) -> Iterator[str]:
         "host": f"{host['name']} ({host['id']})",
         "store": f"{store['url']}, {away}",
         "docker": found["docker"],
-        "holds": ", ".join(f"{found[name]} {name}" for name in counts),
+        "holds": ", ".join(f"{name} {found[name]}" for name in counts),
     }
     yield from (table.clean(f"{name:<8}{text}") for name, text in lines.items())
     if found["attention"]:

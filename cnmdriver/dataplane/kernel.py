@@ -14,6 +14,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from itertools import groupby
 from pathlib import Path
 
+from cnmdriver.dataplane import sandbox
 from cnmdriver.dataplane.accept import Accepts
 from cnmdriver.dataplane.addresses import Addresses
 from cnmdriver.dataplane.handler import Handler, Step, Undo, nothing, settled
@@ -151,6 +152,10 @@ class Kernel:
         names = {link.index: link.name for link in links}
         routes = await settled(self._netlink.routes())
         return tuple((net, names[index]) for net, index in routes if index in names)
+
+    def has_sandbox(self, key: str) -> bool:
+        """Tell whether a sandbox is still there, as far as this process can see."""
+        return sandbox.is_there(key)
 
     def changed_sysctls(self) -> dict[str, str]:
         """Return path and earlier value of each setting changed for good."""

@@ -13,8 +13,9 @@ thing, and refused.
 import asyncio
 import re
 import secrets
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from cnmdriver.driver import claims
 from cnmdriver.driver.site import Site
@@ -26,6 +27,7 @@ from cnmdriver.model import (
     IPInterface,
     IPNetwork,
     Member,
+    Network,
     Pool,
     Reservation,
     interface,
@@ -50,6 +52,16 @@ class PoolRequest:
     version: int
 
 
+class Endpoints(Protocol):
+    """What the driver of networks does for the driver of addresses."""
+
+    async def remove(self, endpoint: Endpoint) -> None:
+        """Remove an endpoint: its own removal was lost, but its address is released."""
+
+    async def reap(self, endpoint: Endpoint) -> None:
+        """Remove an endpoint if its sandbox is gone."""
+
+
 class IpamDriver:
     """Gives out pools and addresses."""
 
@@ -57,17 +69,12 @@ class IpamDriver:
         self,
         site: Site,
         ranges: Iterable[Range],
-        remove_endpoint: Callable[[Endpoint], Awaitable[None]],
+        endpoints: Endpoints,
     ) -> None:
-        """
-        Take the default pools, and what removes an endpoint.
-
-        The latter serves an address that Docker releases although its endpoint is
-        still there: the endpoint's own removal was lost.
-        """
+        """Take the default pools, and what removes endpoints that have addresses."""
         self.site = site
         self.ranges = tuple(ranges)
-        self.remove_endpoint = remove_endpoint
+        self.endpoints = endpoints
         self.lock = asyncio.Lock()
 
     async def request_pool(
@@ -107,6 +114,7 @@ class IpamDriver:
         """Find the pool of a network the user named, in the wanted family."""
         for pool in claims.pools_of(draft, request.network):
             if pool.cidr.version == request.version:
+                self.check_repeat(draft, pool)
                 return pool
         raise NotFound(
             f"network {request.network} has no IPv{request.version} pool; "
@@ -230,6 +238,7 @@ class IpamDriver:
         identity = pools.parse_id(pool_id)
         if address is not None:
             pools.check_address(identity.pool, address)
+            await self.reap_holder(identity, address)
 
         def decide(draft: Draft) -> IPAddress:
             pool = self.claimed_pool(draft, identity, pool_id)
@@ -249,6 +258,14 @@ class IpamDriver:
         async with self.lock:
             chosen = await self.site.state.commit(decide)
         return interface(chosen, identity.pool)
+
+    async def reap_holder(self, identity: PoolId, address: IPAddress) -> None:
+        """Free a wanted address of an endpoint that Docker forgot when it died."""
+        key = records.address(identity.space, identity.pool, address)
+        held = self.site.view.get(Reservation, key)
+        endpoint = self.holder(held) if held is not None else None
+        if endpoint is not None and endpoint.host == self.site.host.id:
+            await self.endpoints.reap(endpoint)
 
     def claimed_pool(self, draft: Draft, identity: PoolId, pool_id: str) -> Pool:
         """Return the pool, if this host has claimed it."""
@@ -272,14 +289,15 @@ class IpamDriver:
             again = next((r for r in held if r.gateway and not r.bound), None)
             if again is not None:
                 return replace(wish, ip=again.ip)
-        numbers = {int(r.ip) for r in held}
+        numbers = {int(r.ip) for r in held} | set(fixed(draft, pool))
         for ip in pools.candidates(pool.cidr, identity.sub, numbers):
             if self.owner(draft, pool, ip) in ("", wish.host):
                 return replace(wish, ip=ip)
-        size = pools.capacity(identity.sub or pool.cidr)
+        first, last = pools.window(pool.cidr, identity.sub)
         raise Exhausted(
-            f"pool {identity.sub or pool.cidr} has no free address: {len(held)} taken "
-            f"of {size}; remove containers, or use a larger --subnet"
+            f"pool {identity.sub or pool.cidr} has no free address: "
+            f"{sum(first <= n <= last for n in numbers)} taken of {last - first + 1}; "
+            "remove containers, or use a larger --subnet"
         )
 
     def owner(self, draft: Draft, pool: Pool, ip: IPAddress) -> str:
@@ -325,7 +343,7 @@ class IpamDriver:
             return
         endpoint = self.holder(held)
         if endpoint is not None:
-            await self.remove_endpoint(endpoint)
+            await self.endpoints.remove(endpoint)
 
         def decide(draft: Draft) -> None:
             again = draft.get(Reservation, key)
@@ -343,6 +361,20 @@ class IpamDriver:
             return None
         key = records.endpoint(pool.network, held.endpoint)
         return self.site.view.get(Endpoint, key)
+
+
+def fixed(draft: Draft, pool: Pool) -> Iterator[int]:
+    """
+    Yield the addresses that a created network keeps for itself.
+
+    They are held too, unless a create that failed gave back what it shared with one
+    that did not: Docker creates networks in parallel.
+    """
+    network = draft.get(Network, records.network(pool.network))
+    for subnet in network.subnets if network is not None else ():
+        if subnet.pool == pool.cidr:
+            own = (subnet.gateway, *subnet.reserved)
+            yield from (int(ip) for ip in own if ip is not None)
 
 
 def same_wish(held: Reservation, wish: Reservation, pool: Pool) -> bool:

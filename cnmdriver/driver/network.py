@@ -21,6 +21,7 @@ import structlog
 
 from cnmdriver.driver import claims, publishing
 from cnmdriver.driver.publishing import Publisher
+from cnmdriver.driver.sandboxes import Sandboxes
 from cnmdriver.driver.site import Site
 from cnmdriver.errors import (
     Conflict,
@@ -55,6 +56,7 @@ class NetworkDriver:
         self.site = site
         self.mode = mode
         self.publisher = Publisher(site)
+        self.sandboxes = Sandboxes(site)
         self.locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self.told: set[str] = set()
 
@@ -83,17 +85,24 @@ class NetworkDriver:
         """
         wanted = self.read(docker_id, subnets, options, internal=internal)
         async with self.locked(docker_id):
-            member, before = await self.site.state.commit(
-                lambda draft: self.join_network(draft, *wanted)
-            )
+            before = self.part(docker_id)
             try:
+                member = await self.site.state.commit(
+                    lambda draft: self.join_network(draft, *wanted)
+                )
                 await self.site.dataplane.apply(self.site.network_plan(member))
-            except DriverError:
-                if before is None:
+            except (DriverError, asyncio.CancelledError):
+                made = self.part(docker_id)
+                if before is None and made is not None:
                     await self.site.state.remove(
-                        lambda draft: self.leave_network(draft, member)
+                        lambda draft: self.leave_network(draft, made)
                     )
                 raise
+
+    def part(self, docker_id: str) -> Member | None:
+        """Return this host's part in the network Docker means, if there is one."""
+        members = self.site.members()
+        return next((m for m in members if m.docker_id == docker_id), None)
 
     def read(
         self,
@@ -134,13 +143,9 @@ class NetworkDriver:
         )
         return network, member
 
-    def join_network(
-        self, draft: Draft, network: Network, member: Member
-    ) -> tuple[Member, Member | None]:
-        """Write a network and this host's part; also return the part there was."""
-        known = next(
-            (m for m in self.site.members() if m.docker_id == member.docker_id), None
-        )
+    def join_network(self, draft: Draft, network: Network, member: Member) -> Member:
+        """Write a network and this host's part, or find them as they should be."""
+        known = self.part(member.docker_id)
         if known is not None:
             network, member = self.renamed(network, member, known.network)
             before = draft.get(Network, records.network(network.id))
@@ -149,14 +154,14 @@ class NetworkDriver:
                     f"network {self.site.name(member.docker_id)} exists here with "
                     "other settings; remove it first"
                 )
-            return known, known
+            return known
         identity = self.identity(draft, network)
         network, member = self.renamed(network, member, identity)
         self.check_room(draft, network, member)
         member = self.bind_pools(draft, network, member)
         draft.put(records.network(network.id), network)
         draft.put(records.member(network.id, member.host), member)
-        return member, None
+        return member
 
     def renamed(
         self, network: Network, member: Member, identity: str
@@ -240,13 +245,11 @@ class NetworkDriver:
     async def delete(self, docker_id: str) -> None:
         """Remove a network from this host, with whatever is still attached."""
         async with self.locked(docker_id):
-            member = next(
-                (m for m in self.site.members() if m.docker_id == docker_id), None
-            )
+            member = self.part(docker_id)
             if member is None:
                 return
             for endpoint in self.site.endpoints(member.network):
-                await self.remove(endpoint)
+                await self.erase(endpoint)
             plan = self.site.network_plan(member)
             await self.site.state.remove(
                 lambda draft: self.leave_network(draft, member)
@@ -289,10 +292,43 @@ class NetworkDriver:
                 ipv4=ipv4,
                 ipv6=ipv6,
             )
-            await self.site.state.commit(
-                lambda draft: self.take_place(draft, network, endpoint)
-            )
+            before = self.find(docker_id, endpoint_id)
+            await self.remove_forgotten(network, endpoint)
+            try:
+                await self.site.state.commit(
+                    lambda draft: self.take_place(draft, network, endpoint)
+                )
+            except asyncio.CancelledError:
+                made = self.find(docker_id, endpoint_id)
+                if before is None and made is not None:
+                    await self.erase(made)
+                raise
             return "" if mac else endpoint.mac
+
+    async def remove_forgotten(self, network: Network, endpoint: Endpoint) -> None:
+        """
+        Remove endpoints that a new one shows to be forgotten by Docker.
+
+        Where Docker gives out the addresses itself, giving one again says so; else the
+        sandbox must be gone.
+        """
+        ours = {p.cidr for p in claims.pools_of(self.site.view, network.id)}
+        for other in self.site.endpoints(network.id):
+            shared = [a for a in endpoint.addresses if a in other.addresses]
+            rival = bool(shared) or other.mac == endpoint.mac
+            if other.id == endpoint.id or not rival:
+                continue
+            given_again = any(a.network not in ours for a in shared)
+            if given_again or await self.sandboxes.is_gone(other):
+                log.warning("network.endpoint_forgotten", endpoint=other.id[:12])
+                await self.erase(other)
+
+    async def reap(self, endpoint: Endpoint) -> None:
+        """Remove an endpoint whose sandbox is gone; leave any other as it is."""
+        async with self.locked(self.docker_id(endpoint)):
+            if await self.sandboxes.is_gone(endpoint):
+                log.warning("network.endpoint_forgotten", endpoint=endpoint.id[:12])
+                await self.erase(endpoint)
 
     def take_place(self, draft: Draft, network: Network, endpoint: Endpoint) -> None:
         """Write an endpoint and bind its addresses."""
@@ -338,9 +374,12 @@ class NetworkDriver:
             raise InvalidParameter(f"address {address} is in no subnet of the network")
         if address.ip == subnet.gateway:
             raise Conflict(f"address {address.ip} is the network's gateway")
-        pool = draft.get(Pool, records.pool(subnet.space, subnet.pool))
-        if pool is None or pool.network != network.id:
+        # By network: Docker's word for a space need not be the one the user chose.
+        pools_ = claims.pools_of(draft, network.id)
+        pool = next((p for p in pools_ if p.cidr == subnet.pool), None)
+        if pool is None:
             return
+        draft.get(Pool, records.pool(pool.space, pool.cidr))
         key = records.address(pool.space, pool.cidr, address.ip)
         held = draft.get(Reservation, key)
         if held is not None and held.endpoint not in ("", endpoint.id):
@@ -358,11 +397,23 @@ class NetworkDriver:
         async with self.locked(docker_id):
             endpoint = self.find(docker_id, endpoint_id)
             if endpoint is not None:
-                await self.remove(endpoint)
+                await self.erase(endpoint)
 
     async def remove(self, endpoint: Endpoint) -> None:
+        """Remove an endpoint that nobody asked Docker to remove."""
+        async with self.locked(self.docker_id(endpoint)):
+            await self.erase(endpoint)
+
+    def docker_id(self, endpoint: Endpoint) -> str:
+        """Return what Docker calls the network of an endpoint."""
+        key = records.member(endpoint.network, endpoint.host)
+        member = self.site.view.get(Member, key)
+        return member.docker_id if member is not None else endpoint.network
+
+    async def erase(self, endpoint: Endpoint) -> None:
         """Delete an endpoint's record, then what the kernel has of it."""
         plan = self.site.endpoint_plan(endpoint)
+        self.sandboxes.left(endpoint)
 
         def decide(draft: Draft) -> None:
             draft.delete(records.endpoint(endpoint.network, endpoint.id))
@@ -405,18 +456,22 @@ class NetworkDriver:
             member = self.site.member(docker_id)
             network = self.site.network(member)
             endpoint = replace(before, sandbox=sandbox, boot=self.site.boot)
-            await self.put(endpoint)
+            self.sandboxes.joined(endpoint)
             try:
+                await self.put(endpoint)
                 await self.site.dataplane.apply(self.site.endpoint_plan(endpoint))
-            except DriverError:
-                await self.put(before)
+            except (DriverError, asyncio.CancelledError):
+                await self.site.state.remove(lambda draft: self.write(draft, before))
                 raise
             return attachment(network, member, endpoint)
 
     async def put(self, endpoint: Endpoint) -> None:
         """Write this host's own endpoint."""
-        key = records.endpoint(endpoint.network, endpoint.id)
-        await self.site.state.commit(lambda draft: draft.put(key, endpoint))
+        await self.site.state.commit(lambda draft: self.write(draft, endpoint))
+
+    def write(self, draft: Draft, endpoint: Endpoint) -> None:
+        """Write an endpoint into a draft."""
+        draft.put(records.endpoint(endpoint.network, endpoint.id), endpoint)
 
     async def leave(self, docker_id: str, endpoint_id: str) -> None:
         """

@@ -6,6 +6,7 @@ it or can take it; then the endpoint's record says so, and only then does the ke
 translate it. Revoking goes the other way round.
 """
 
+import asyncio
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from ipaddress import IPv4Address
@@ -13,7 +14,7 @@ from ipaddress import IPv4Address
 from cnmdriver.driver.site import Site
 from cnmdriver.errors import Conflict, DriverError, Exhausted
 from cnmdriver.model import Endpoint, IPAddress, PortRequest, Published
-from cnmdriver.plan import bridge, firewall
+from cnmdriver.plan import bridge, firewall, ops
 from cnmdriver.plan.ops import Plan
 from cnmdriver.store import records
 
@@ -34,12 +35,13 @@ class Publisher:
         """Publish all that is wished and nothing else, or leave all as it was."""
         endpoint = replace(before, published=())
         try:
-            for wish in wishes:
+            # Who wants one port only comes before who can do with another.
+            for wish in sorted(wishes, key=choices):
                 port = await self.hold(before, endpoint, wish)
                 endpoint = replace(endpoint, published=(*endpoint.published, port))
             await self.change(before, endpoint)
-        except DriverError:
-            await self.change(endpoint, before)
+        except (DriverError, asyncio.CancelledError):
+            await self.take_back(endpoint, before)
             raise
 
     async def hold(
@@ -64,12 +66,12 @@ class Publisher:
                 refused = error
             else:
                 return port
-        if refused is not None and wish.host_port == wish.host_port_end != 0:
+        low, high = limits(wish)
+        if refused is not None and low == high:
             raise refused
         raise Exhausted(
             f"no free host port for container port {wish.port}: tried "
-            f"{wish.host_port or EPHEMERAL.start} to "
-            f"{wish.host_port_end or EPHEMERAL.stop - 1}, the last: {refused}"
+            f"{low} to {high}, the last: {refused}"
         )
 
     def check_free(self, endpoint: Endpoint, port: Published) -> None:
@@ -94,6 +96,16 @@ class Publisher:
         await self.site.state.commit(lambda draft: draft.put(key, after))
         await self.site.clear(self.gone(before, after))
         await self.site.dataplane.apply(self.site.endpoint_plan(after))
+
+    async def take_back(self, after: Endpoint, before: Endpoint) -> None:
+        """Restore what an endpoint published before a change that failed."""
+        key = records.endpoint(after.network, after.id)
+        await self.site.state.remove(lambda draft: draft.put(key, before))
+        held = tuple(bridge.hold(p, after) for p in after.published)
+        gone = ops.union((self.gone(after, before), held))
+        kept = self.site.endpoint_plan(before)
+        await self.site.clear(ops.without(gone, kept))
+        await self.site.dataplane.apply(kept)
 
     async def withdraw(self, before: Endpoint) -> None:
         """Publish nothing any more; never fails."""
@@ -122,8 +134,7 @@ def bound_to(
 
 def fits(port: Published, wish: PortRequest) -> bool:
     """Tell whether a published port is what a wish asks for."""
-    low = wish.host_port or EPHEMERAL.start
-    high = wish.host_port_end or wish.host_port or EPHEMERAL.stop - 1
+    low, high = limits(wish)
     return (
         (port.protocol, port.port) == (wish.protocol, wish.port)
         and port.host_ip == wish.host_ip
@@ -131,11 +142,24 @@ def fits(port: Published, wish: PortRequest) -> bool:
     )
 
 
+def limits(wish: PortRequest) -> tuple[int, int]:
+    """Return the lowest and highest host port that a wish can be given."""
+    if wish.host_port:
+        return wish.host_port, max(wish.host_port, wish.host_port_end)
+    return EPHEMERAL.start, EPHEMERAL.stop - 1
+
+
+def choices(wish: PortRequest) -> int:
+    """Count the host ports that a wish can be given."""
+    low, high = limits(wish)
+    return high - low + 1
+
+
 def candidates(wish: PortRequest) -> Iterator[int]:
     """Yield the host ports to try for a wish."""
     if wish.host_port:
-        end = max(wish.host_port, wish.host_port_end)
-        yield from range(wish.host_port, end + 1)
+        low, high = limits(wish)
+        yield from range(low, high + 1)
     else:
         # From a place that differs for each container port, so that first tries meet
         # seldom.

@@ -45,6 +45,9 @@ class Dataplane(Protocol):
     async def routes(self) -> tuple[tuple[IPNetwork, str], ...]:
         """Return the host's own connected routes, each with its device."""
 
+    def has_sandbox(self, key: str) -> bool:
+        """Tell whether a sandbox is still there."""
+
     def changed_sysctls(self) -> dict[str, str]:
         """Return the host's settings that were changed, with their old values."""
 
@@ -105,7 +108,7 @@ class Site:
     def network_plan(self, member: Member) -> Plan:
         """Return the plan of a network, whatever is attached to it."""
         network = self.view.get(Network, records.network(member.network))
-        if network is None:
+        if network is None or network.mode not in MODES:
             return ()
         return (
             *MODES[network.mode].network(network, member),
@@ -117,7 +120,7 @@ class Site:
         network = self.view.get(Network, records.network(endpoint.network))
         key = records.member(endpoint.network, self.host.id)
         member = self.view.get(Member, key)
-        if network is None or member is None:
+        if network is None or network.mode not in MODES or member is None:
             return ()
         if not devices.is_live(endpoint, self.boot):
             return ()

@@ -81,7 +81,7 @@ def purpose_of(op: Op) -> str:
     """Say what an operation is for."""
     if isinstance(op, Sysctl):
         return "settings of the bridge" if op.device else "let the host route"
-    return PURPOSES[type(op)]
+    return PURPOSES.get(type(op), type(op).__name__.lower())
 
 
 def block(purpose: str, group: Plan) -> Iterator[str]:

@@ -181,13 +181,13 @@ def main() -> int:
         return 130
 
 
-def play(directory: Path) -> int:
+def play(directory: Path, story: tuple[Step, ...] = STORY) -> int:
     """Start one host, play all steps there, and return the exit code."""
     click.echo("This is host h1, with a dockerd and a pynet of its own. It lives in")
     click.echo("namespaces that end with the demo; the machine itself is not touched.")
     with Lab.create(directory, hosts=1) as lab:
         host = lab.hosts[0]
-        for number, step in enumerate(STORY, 1):
+        for number, step in enumerate(story, 1):
             click.secho(f"\n{number}. {step.title}", bold=True)
             click.echo(f"{click.wrap_text(step.text, TEXT_WIDTH)}\n")
             for command in step.commands:

@@ -12,7 +12,6 @@ object; any other difference is mended in place. A field that is None in a found
 operation is one the kernel does not show, and equals everything.
 """
 
-import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from typing import ClassVar
@@ -229,7 +228,7 @@ class Element(Op):
 
     def commands(self) -> tuple[Command, ...]:
         place = ("nft", "add", "element", self.family, self.table, self.set)
-        return ((*place, "{", *shlex.split(self.text), "}"),)
+        return ((*place, f"{{ {self.text} }}"),)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -90,7 +90,10 @@ def mtu(key: str, text: str) -> int:
 
 def device(key: str, text: str) -> str:
     """Read a device name (Linux `dev_valid_name`; 15 bytes)."""
-    if not re.fullmatch(r"[A-Za-z0-9_.-]{1,15}", text) or text in {".", ".."}:
+    if not re.fullmatch(r"[A-Za-z0-9_.][A-Za-z0-9_.-]{0,14}", text) or text in {
+        ".",
+        "..",
+    }:
         raise InvalidParameter(
             f"option {key}={text}: give a device name of 1 to 15 letters, digits, _ . -"
         )

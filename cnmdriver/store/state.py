@@ -58,6 +58,7 @@ class State:
         """Why the store cannot be used now, None if it can."""
         self.behind = True
         """Whether the outbox may hold what is not in the store yet."""
+        self.replaying = asyncio.Lock()
 
     async def open(self) -> None:
         """Read everything, and make the cluster's record if the store is empty."""
@@ -144,19 +145,21 @@ class State:
                 "store.deferred", keys=sorted(change.written()), error=str(error)
             )
             # Nothing may stop a removal: at worst the next audit does it again.
-            self.behind = True
             with contextlib.suppress(StoreError):
                 await self.local.remember(change)
+            self.behind = True
             for key in change.written():
                 self.view.write(key, change.puts.get(key), self.view.seen(key) + 1)
             return result
 
     async def replay(self) -> None:
         """Write what the outbox holds, oldest first."""
-        for number, change in await self.local.pending():
-            self.take(change, await self.store.commit(change))
-            await self.local.done(number)
-        self.behind = False
+        async with self.replaying:
+            while entries := await self.local.pending():
+                for number, change in entries:
+                    self.take(change, await self.store.commit(change))
+                    await self.local.done(number)
+            self.behind = False
 
     async def follow(self) -> None:
         """Keep the view true until cancelled: watch, and read anew at intervals."""

@@ -4,7 +4,6 @@ import resource
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -75,6 +74,18 @@ def free(protocol: int, address: str, *options: int) -> bool:
         return False
 
 
+@contextmanager
+def child(script: str) -> Iterator[int]:
+    """Run a script in a program of its own, and give its pid once it has run."""
+    words = [sys.executable, "-c", f"{script}\nprint(flush=True)\ninput()"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(words, close_fds=False, stdin=pipe, stdout=pipe) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"\n"
+        yield process.pid
+        process.communicate(b"\n", timeout=10)
+
+
 def myself() -> str:
     """Return what this process is called in a refusal."""
     name = Path("/proc/self/comm").read_text(encoding="utf-8").strip()
@@ -93,7 +104,7 @@ def myself() -> str:
         ("::1", ["::", "::1"], [ANY4, "127.0.0.1"]),
     ],
 )
-async def test_nobody_else_can_take_what_is_held(  # noqa: PLR0913
+async def test_nobody_else_can_take_what_is_held(
     sockets: Sockets,
     protocol: int,
     options: tuple[int, ...],
@@ -153,7 +164,7 @@ async def test_what_others_have_is_refused(
 async def test_holding_again_is_no_news(sockets: Sockets) -> None:
     """The same hold again, also at the same time, is True once; releasing is free."""
     op = hold()
-    assert await asyncio.gather(sockets.hold(op), sockets.hold(op)) == [True, False]
+    assert [*await asyncio.gather(sockets.hold(op), sockets.hold(op))] == [True, False]
     assert sockets.held() == (op,)
     await sockets.release(op)
     await sockets.release(op)
@@ -163,14 +174,14 @@ async def test_holding_again_is_no_news(sockets: Sockets) -> None:
 
 async def test_close_gives_all_back(sockets: Sockets) -> None:
     """After close every port is free, and no descriptor is left."""
-    before = len(list(Path("/proc/self/fd").iterdir()))
+    before = descriptors()
     ops = {hold(TCP), hold(UDP, ANY4), hold(UDP, "::"), hold(SCTP)}
     for op in ops:
         assert await sockets.hold(op) is True
     assert set(sockets.held()) == ops
     await sockets.close()
     assert sockets.held() == ()
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert descriptors() == before
     assert free(TCP, "::")
     assert free(UDP, "::")
 
@@ -210,22 +221,35 @@ async def test_an_address_of_another_machine(sockets: Sockets) -> None:
 
 async def test_a_refusal_of_the_kernel_is_told(sockets: Sockets) -> None:
     """Want of descriptors is a KernelError with the errno's name."""
+    with no_more_descriptors(), pytest.raises(KernelError) as caught:
+        await sockets.hold(hold())
+    assert "port 8080/tcp" in str(caught.value)
+    assert "EMFILE" in str(caught.value)
+
+
+@contextmanager
+def no_more_descriptors() -> Iterator[None]:
+    """Have no descriptor left for the process."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     with Path(os.devnull).open("rb") as lowest_free:
         lowest = lowest_free.fileno()
     resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, limits[1]))
     try:
-        with pytest.raises(KernelError, match=r"port 8080/tcp .*EMFILE"):
-            await sockets.hold(hold())
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
-async def test_no_ipv6_addresses_are_no_hindrance(sockets: Sockets) -> None:
-    """Where IPv6 is turned off the port is held for IPv4."""
+def no_ipv6() -> None:
+    """Turn IPv6 off."""
     for device in ("all", "default", "lo"):
         path = Path(f"/proc/sys/net/ipv6/conf/{device}/disable_ipv6")
         path.write_text("1", encoding="ascii")
+
+
+async def test_no_ipv6_addresses_are_no_hindrance(sockets: Sockets) -> None:
+    """Where IPv6 is turned off the port is held for IPv4."""
+    no_ipv6()
     assert await sockets.hold(hold()) is True
     assert free(TCP, "127.0.0.1", *REUSE_ADDRESS) is False
 
@@ -234,12 +258,9 @@ async def test_programs_started_later_do_not_inherit(sockets: Sockets) -> None:
     """A child keeps no port, also one that inherits descriptors."""
     op = hold()
     await sockets.hold(op)
-    with subprocess.Popen(
-        [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, close_fds=False
-    ) as child:
+    with child("pass"):
         await sockets.release(op)
         assert free(TCP, ANY4)
-        child.communicate(b"\n", timeout=10)
 
 
 async def test_a_closing_server_does_not_keep_the_port(sockets: Sockets) -> None:
@@ -278,15 +299,15 @@ def spent(server: socket.socket) -> None:
         assert client.recv(1) == b""
 
 
+def descriptors() -> int:
+    """Count the open descriptors."""
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
 def lingering() -> bool:
     """Tell whether a connection of the port is in TIME_WAIT."""
     rows = Path("/proc/thread-self/net/tcp").read_text(encoding="ascii").splitlines()
-    deadline = time.monotonic() + 3
-    while time.monotonic() < deadline:
-        if any(f":{PORT:04X} " in r.split(" st ")[0] and " 06 " in r for r in rows[1:]):
-            return True
-        rows = Path("/proc/thread-self/net/tcp").read_text().splitlines()
-    return False
+    return any(f":{PORT:04X} " in row and " 06 " in row for row in rows[1:])
 
 
 async def test_relayed_connections_do_not_keep_the_port(sockets: Sockets) -> None:
@@ -369,34 +390,27 @@ async def test_a_port_of_docker_is_refused(sockets: Sockets) -> None:
 
 async def test_the_holder_is_the_one_on_that_address() -> None:
     """Of several programs on one port the one in the way is named, else nobody."""
-    script = "import socket as s; x = s.create_server(('127.0.0.2', 8080)); "
-    words = [sys.executable, "-c", f"{script} print('up', flush=True); input()"]
-    with (
-        program(TCP, "127.0.0.1"),
-        subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other,
-    ):
-        assert other.stdout is not None
-        assert other.stdout.readline() == b"up\n"
+    script = "import socket as s; x = s.create_server(('127.0.0.2', 8080))"
+    with program(TCP, "127.0.0.1"), child(script) as pid:
         assert holder(TCP, PORT, ip_address("127.0.0.1")) == myself()
-        assert holder(TCP, PORT, ip_address("127.0.0.2")).endswith(f"(pid {other.pid})")
+        assert holder(TCP, PORT, ip_address("127.0.0.2")).endswith(f"(pid {pid})")
         assert holder(TCP, PORT, ip_address("127.0.0.3")) == "another program"
         assert holder(UDP, PORT) == "another program"
-        other.communicate(b"\n", timeout=10)
 
 
 async def test_a_listening_server_is_named_before_its_clients() -> None:
-    """A server's children share its port, but the one that listens is named."""
-    script = "import socket as s; x = s.create_connection(('127.0.0.1', 8080)); "
-    with (
-        program(TCP, ANY4) as server,
-        subprocess.Popen(
-            [sys.executable, "-c", f"{script} input()"], stdin=subprocess.PIPE
-        ) as client,
-    ):
+    """A connection shares its server's port, but the one that listens is named."""
+    script = "import socket as s; x = s.create_connection(('127.0.0.1', 8080))"
+    with program(TCP, ANY4) as server, child(script):
         taken, _ = server.accept()
         with taken:
             assert holder(TCP, PORT) == myself()
-            client.communicate(b"\n", timeout=10)
+
+
+def load(text: str) -> None:
+    """Load nftables rules."""
+    words = ["nft", "-f", "-"]
+    subprocess.run(words, input=text, text=True, check=True, timeout=10)
 
 
 async def echoed(address: str, sockets: Sockets, word: bytes) -> bytes:
@@ -408,12 +422,11 @@ async def echoed(address: str, sockets: Sockets, word: bytes) -> bytes:
 
     assert sockets.held()
     target = sockets.held()[0].target
-    server = await asyncio.start_server(greet, str(target), 80)
-    reader, writer = await asyncio.open_connection(address, PORT)
-    said = await reader.read(-1)
-    writer.close()
-    server.close()
-    await asyncio.sleep(0.01)
+    async with await asyncio.start_server(greet, str(target), 80):
+        reader, writer = await asyncio.open_connection(address, PORT)
+        said = await reader.read(-1)
+        writer.close()
+        await writer.wait_closed()
     return said
 
 
@@ -433,6 +446,6 @@ async def test_clients_of_loopback_reach_a_container_of_both_families(
     """A client of ::1 is relayed although the table translates the port for IPv6."""
     table = f"{TEXT}}}\n"
     port = "add element inet pynet any6 { tcp . 8080 : fd00::5 . 80 }\n"
-    subprocess.run(["nft", "-f", "-"], input=table + port, text=True, check=True)
+    load(table + port)
     assert await sockets.hold(hold()) is True
     assert await asyncio.wait_for(echoed("::1", sockets, b"hi"), 5) == b"hi"

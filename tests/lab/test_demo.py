@@ -133,16 +133,15 @@ def test_what_differs_from_the_expectation_is_told(
 
 
 def test_a_failing_step_ends_the_story(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The first step that fails is named, the exit code is 1, and the lab is gone."""
     step = demo.STORY[0]
     wrong = demo.fails("docker version", "")
-    story = (
-        demo.Step(title=step.title, text=step.text, commands=(wrong, *step.commands)),
+    changed = demo.Step(
+        title=step.title, text=step.text, commands=(wrong, *step.commands)
     )
-    monkeypatch.setattr(demo, "STORY", story)
-    assert demo.play(place) == 1
+    assert demo.play(place, (changed,)) == 1
     said = capsys.readouterr().out
     assert "Step 1 failed: `docker version` should have failed" in said
     assert "docker run" not in said

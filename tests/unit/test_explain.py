@@ -8,7 +8,7 @@ import pytest
 
 from cnmdriver.insight.explain import Part, explain, script
 from cnmdriver.model import TCP
-from cnmdriver.plan.ops import Accept, Bridge, Hold
+from cnmdriver.plan.ops import Accept, Bridge, Element, Hold
 from cnmdriver.store import records
 from tests import scene
 from tests.fakes import rig
@@ -49,9 +49,11 @@ async def test_every_operation_has_its_commands_once(made):
     found = commands(text_of(made))
     for op in made.site.desired():
         for command in op.commands():
-            if command[:2] == ("nft", "add"):
-                command = (*command[:6], f"{{ {op.text} }}")
-            assert found.count(command) == 1, command
+            if command[:3] != ("nft", "add", "element"):
+                assert found.count(command) == 1, command
+    elements = [c[-1] for c in found if c[:3] == ("nft", "add", "element")]
+    planned = [op for op in made.site.desired() if isinstance(op, Element)]
+    assert sorted(elements) == sorted(f"{{ {op.text} }}" for op in planned)
 
 
 async def test_shared_operations_come_with_the_first_network(made):
