@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
 import secrets
 import signal
 import socket
@@ -67,6 +68,7 @@ def run(settings: Settings) -> int:
 async def serve(settings: Settings) -> None:
     """Start everything, wait for a signal, stop everything."""
     os.umask(0o077)
+    raise_limits()
     async with AsyncExitStack() as stack:
         stack.enter_context(only_one())
         daemon = await build(settings, stack)
@@ -81,6 +83,12 @@ async def serve(settings: Settings) -> None:
                 log.info("daemon.ready", socket=settings.socket, pid=os.getpid())
                 await daemon.until(stop)
         log.info("daemon.stopped")
+
+
+def raise_limits() -> None:
+    """Allow as many descriptors as may be: a held port is one, a relay many."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 class Daemon:

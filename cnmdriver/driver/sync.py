@@ -24,7 +24,7 @@ from cnmdriver.driver.ipam import IpamDriver
 from cnmdriver.driver.network import NetworkDriver
 from cnmdriver.driver.site import Site
 from cnmdriver.errors import DriverError, StoreError
-from cnmdriver.model import Member, Pool, Reservation
+from cnmdriver.model import Member, Network, Pool, Reservation
 from cnmdriver.plan import ops
 from cnmdriver.plan.ops import Plan, Veth
 from cnmdriver.plan.pools import parse_id
@@ -98,6 +98,7 @@ class Sync:
         """Do everything once; what fails is logged and done at the next turn."""
         try:
             await self.forget_removed()
+            await self.forget_unused()
             await self.lapse()
             await self.repair()
         except DriverError as error:
@@ -195,6 +196,20 @@ class Sync:
         await self.networks.delete(docker_id)
         for claim in member.claims:
             await self.ipam.release_pool(claim)
+
+    async def forget_unused(self) -> None:
+        """Delete networks and pools without a member: the store was away for that."""
+        view = self.site.view
+        used = {m.network for m in view.all(Member, "members/")}
+        known = {n.id for n in view.all(Network, "networks/")}
+        known |= {p.network for p in view.all(Pool, "pools/")}
+        for name in sorted(known - used):
+
+            def decide(draft: Draft, name: str = name) -> None:
+                if not draft.all(Member, f"members/{name}/"):
+                    claims.prune(draft, name)
+
+            await self.site.state.remove(decide)
 
     async def lapse(self) -> None:
         """Give back provisional addresses, where a network of ours has the pool."""

@@ -7,9 +7,10 @@ thousandth costs what the first did. How a packet goes:
 - *guard* drops what comes from outside for 127.0.0.0/8 or ::1. It is what makes
   `route_localnet` safe, which a port published on 127.0.0.1 needs.
 - *publish*, before routing and for the host's own programs, translates a published
-  port; but not at ::1, as no answer from another device has a way back to there: those
-  clients are the relay's. It stands one before Docker's priority; of all chains at a hook the first that
-  translates wins.
+  port. It stands one before Docker's priority; of all chains at a hook the first that
+  translates wins. Two kinds of clients are left to the relay: of ::1, where no answer
+  from another device has a way back to, and containers without inter-container traffic,
+  as the bridge may have to pass what is translated from port to port.
 - *forward* decides about everything that enters or leaves a bridge of ours. A drop here
   is final, whatever the host's own FORWARD chain says. Docker's bridges are known by
   exact name: our accept in DOCKER-USER comes before Docker's own drops, and would open
@@ -59,6 +60,7 @@ table inet pynet {
 	chain publish {
 		fib daddr type != local return
 		ip6 daddr ::1 return
+		iifname @icc_off return
 		dnat ip to ip daddr . meta l4proto . th dport map @bound4
 		dnat ip6 to ip6 daddr . meta l4proto . th dport map @bound6
 		dnat ip to meta l4proto . th dport map @any4

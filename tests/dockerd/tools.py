@@ -32,7 +32,7 @@ from cnmdriver.lab.process import Completed, LabError
 from cnmdriver.plan.ops import GROUP
 
 CLONE_NEWNET = 0x40000000
-SILENCE = 0.6
+SILENCE = 0.4
 """Seconds after which a client takes it that nobody will answer."""
 PATIENCE = 5.0
 """Seconds a client waits for an answer that must come."""
@@ -391,10 +391,17 @@ class Scene:
             self.host.docker("network", "rm", *networks)
 
 
+def inspected(host: Host, network: str) -> dict[str, Any]:
+    """Return what pynet says of a network, once Docker has told it the name."""
+    words = ("network", "inspect", network, "--json")
+    assert eventually(lambda: host.pynet(*words, check=False).returncode == 0)
+    shown: dict[str, Any] = json.loads(host.pynet(*words).stdout)
+    return shown
+
+
 def bridge_of(host: Host, network: str) -> str:
     """Return the device of a network of pynet's."""
-    shown = json.loads(host.pynet("network", "inspect", network, "--json").stdout)
-    return str(shown["bridge"])
+    return str(inspected(host, network)["bridge"])
 
 
 # What a host has of pynet's.

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.root
 LIBC = ctypes.CDLL(None, use_errno=True)
 NEWNET = 0x40000000
 PORT, INSIDE = 5353, 53
-ANY4 = "0.0.0.0"  # noqa: S104
+ANY4 = "0.0.0.0"
 
 
 def call(*words: str, text: str | None = None) -> None:

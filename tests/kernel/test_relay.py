@@ -18,7 +18,7 @@ from cnmdriver.dataplane.relay import Target, TcpRelay, UdpRelay
 pytestmark = [pytest.mark.root, pytest.mark.usefixtures("host")]
 
 PORT = 8080
-ANY4 = "0.0.0.0"  # noqa: S104
+ANY4 = "0.0.0.0"
 ECHO = (ip_address("127.0.0.5"), 80)
 INSIDE = (ip_address("127.0.0.5"), 53)
 Stream = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -108,7 +108,7 @@ def udp(address: str, port: int = 0) -> socket.socket:
 async def until(done: Callable[[], bool]) -> None:
     """Wait for a state of the kernel, which has no event for it."""
     async with asyncio.timeout(5):
-        while not done():  # noqa: ASYNC110
+        while not done():
             await asyncio.sleep(0.01)
 
 
@@ -331,7 +331,7 @@ async def test_a_client_that_is_gone_does_not_keep_the_server(parts: Parts) -> N
     async def mute(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         assert await reader.read(-1) == b""
         sock = writer.get_extra_info("socket")
-        while sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1) != b"\7":  # noqa: ASYNC110
+        while sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1) != b"\7":
             await asyncio.sleep(0.05)
         ended.set()
 

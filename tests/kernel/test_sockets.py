@@ -21,7 +21,7 @@ from cnmdriver.plan.ops import Hold
 pytestmark = [pytest.mark.root, pytest.mark.usefixtures("host")]
 
 PORT = 8080
-ANY4 = "0.0.0.0"  # noqa: S104
+ANY4 = "0.0.0.0"
 KINDS = {TCP: socket.SOCK_STREAM, UDP: socket.SOCK_DGRAM}
 REUSE_ADDRESS, REUSE_PORT = (socket.SO_REUSEADDR,), (socket.SO_REUSEPORT,)
 DOCKER_PROXY = "/usr/sbin/docker-proxy"
