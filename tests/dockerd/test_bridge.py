@@ -19,7 +19,9 @@ from tests.dockerd.tools import (
 pytestmark = [pytest.mark.root, pytest.mark.dockerd, pytest.mark.timeout(60)]
 
 OWN_IPAM = ("--ipam-driver", "pynet")
-IPAMS = pytest.mark.parametrize("ipam", [(), OWN_IPAM], ids=["docker-ipam", "pynet-ipam"])
+IPAMS = pytest.mark.parametrize(
+    "ipam", [(), OWN_IPAM], ids=["docker-ipam", "pynet-ipam"]
+)
 
 
 def dual(number: int) -> tuple[str, ...]:
@@ -41,7 +43,9 @@ def reach(client: Container, server: Container, address: str) -> str | None:
 
 
 @IPAMS
-def test_containers_ping_each_other_by_name_and_by_address(scene: Scene, ipam) -> None:
+def test_containers_ping_each_other_by_name_and_by_address(
+    scene: Scene, ipam: tuple[str, ...]
+) -> None:
     """Two containers of a network without any option reach each other."""
     network = scene.network(*ipam)
     one, two = scene.run(network), scene.run(network)
@@ -52,7 +56,9 @@ def test_containers_ping_each_other_by_name_and_by_address(scene: Scene, ipam) -
 
 
 @IPAMS
-def test_a_dual_stack_network_carries_both_families(scene: Scene, ipam) -> None:
+def test_a_dual_stack_network_carries_both_families(
+    scene: Scene, ipam: tuple[str, ...]
+) -> None:
     """With --ipv6 containers reach each other by either of their addresses."""
     network = scene.network(*dual(1), *ipam)
     one, two = scene.run(network), scene.run(network)
@@ -60,11 +66,15 @@ def test_a_dual_stack_network_carries_both_families(scene: Scene, ipam) -> None:
     assert one.pings(two.ip())
     assert one.pings(two.ip6())
     assert reach(one, two, two.ip6()) == one.ip6()
-    assert one.default_routes(6) == ["default via fd61:1::1 dev eth0 metric 1024 pref medium"]
+    assert one.default_routes(6) == [
+        "default via fd61:1::1 dev eth0 metric 1024 pref medium"
+    ]
 
 
 @IPAMS
-def test_subnet_gateway_range_and_aux_addresses_are_kept_to(scene: Scene, ipam) -> None:
+def test_subnet_gateway_range_and_aux_addresses_are_kept_to(
+    scene: Scene, ipam: tuple[str, ...]
+) -> None:
     """Containers get addresses of the range, and none that is spoken for."""
     network = scene.network(
         *("--subnet", "10.61.2.0/24", "--gateway", "10.61.2.254"),
@@ -83,7 +93,7 @@ def test_subnet_gateway_range_and_aux_addresses_are_kept_to(scene: Scene, ipam) 
 
 
 @IPAMS
-def test_several_subnets_make_one_network(scene: Scene, ipam) -> None:
+def test_several_subnets_make_one_network(scene: Scene, ipam: tuple[str, ...]) -> None:
     """Containers of different subnets of a network reach each other and the outside."""
     network = scene.network(
         "--subnet", "10.61.3.0/24", "--subnet", "10.61.4.0/24", *ipam
@@ -100,7 +110,9 @@ def test_several_subnets_make_one_network(scene: Scene, ipam) -> None:
 
 
 @IPAMS
-def test_addresses_of_the_users_choice_are_given(scene: Scene, ipam) -> None:
+def test_addresses_of_the_users_choice_are_given(
+    scene: Scene, ipam: tuple[str, ...]
+) -> None:
     """--ip and --ip6 are what the container has, and are free again after it."""
     network = scene.network(*dual(5), *ipam)
     chosen = ("--ip", "10.61.5.77", "--ip6", "fd61:5::77")
@@ -204,7 +216,7 @@ def test_a_stopped_container_is_connected_and_disconnected(scene: Scene) -> None
 
 
 def test_a_container_has_its_networks_after_a_restart(scene: Scene) -> None:
-    """docker restart keeps networks, names, published ports and the way out."""
+    """A `docker restart` keeps networks, names, published ports and the way out."""
     host = scene.host
     network = scene.network(*dual(9))
     one, two = scene.run(network, "-p", "7090:80"), scene.run(network)
@@ -255,7 +267,10 @@ def test_the_default_route_stays_when_another_network_comes_and_goes(
         ]
 
     before = routes_of_the_host()
-    first, second = scene.network(*dual(10), name="aaa"), scene.network(*dual(11), name="zzz")
+    first, second = (
+        scene.network(*dual(10), name="aaa"),
+        scene.network(*dual(11), name="zzz"),
+    )
     one = scene.run(first)
     kept = one.default_routes()
     assert len(kept) == 1

@@ -88,7 +88,9 @@ def test_a_device_of_the_hosts_is_no_bridge(scene: Scene) -> None:
 def test_inter_container_traffic_off(scene: Scene, option: str) -> None:
     """Containers reach the gateway and the outside, each other only by published ports."""
     network = scene.network("-o", option, *dual(4))
-    one = scene.serve(scene.run(network, *("-p", "8602:80", "-p", "8602:80/udp")), 80, 81)
+    one = scene.serve(
+        scene.run(network, *("-p", "8602:80", "-p", "8602:80/udp")), 80, 81
+    )
     two = scene.serve(scene.run(network), 80)
     for address in (one.ip(), one.ip6()):
         assert two.refused([(address, 80), (address, 81)])
@@ -258,7 +260,7 @@ def test_options_of_others_are_accepted_and_logged_once(scene: Scene) -> None:
 
 
 def test_options_are_shown_as_they_were_given(scene: Scene) -> None:
-    """docker network inspect has the user's options; `pynet network inspect` too."""
+    """What `docker network inspect` has are the user's options, as in pynet's."""
     network = scene.network("-o", "pynet.icc=no", "-o", DOCKER + "driver.mtu=1450")
     shown = api(scene.host, "GET", f"/networks/{network}")["Options"]
     assert shown == {"pynet.icc": "no", DOCKER + "driver.mtu": "1450"}

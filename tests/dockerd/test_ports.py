@@ -86,9 +86,7 @@ def city(stage: Scene) -> City:
         web=web,
         plain=plain,
         places={"outside": stage.outside, "host": stage.place, **containers},
-        addresses={
-            name: (made.ip(), made.ip6()) for name, made in containers.items()
-        },
+        addresses={name: (made.ip(), made.ip6()) for name, made in containers.items()},
     )
 
 
@@ -249,7 +247,9 @@ def test_the_udp_reply_comes_from_the_address_that_was_asked(city: City) -> None
 
 def mac_of(host: Host) -> str:
     """Return the MAC of the host's eth0."""
-    return str(json.loads(host.exec("ip", "-j", "link", "show", "eth0").stdout)[0]["address"])
+    return str(
+        json.loads(host.exec("ip", "-j", "link", "show", "eth0").stdout)[0]["address"]
+    )
 
 
 @contextmanager
@@ -354,7 +354,9 @@ def test_sctp_is_translated(city: City) -> None:
         (socket.SOCK_DGRAM, True),
     ],
 )
-def test_a_published_port_is_held(city: City, family: int, kind: int, reuse: bool) -> None:
+def test_a_published_port_is_held(
+    city: City, family: int, kind: int, reuse: bool
+) -> None:
     """No other program on the host takes it, not even one that is willing to share."""
     with city.places["host"].open(family, kind) as sock:
         if reuse:
@@ -385,7 +387,8 @@ def test_a_port_taken_by_a_program_is_an_error_that_names_it(scene: Scene) -> No
         assert ". 8400 :" not in " ".join(published(scene.host))
     assert eventually(lambda: not listens(scene.place, "127.0.0.1", 8401))
     one = scene.run(network, "-p", "8400:80", "-p", "8401:80")
-    assert scene.serve(one, 80) and scene.outside.tcp(LAN4, 8401) is not None
+    scene.serve(one, 80)
+    assert scene.outside.tcp(LAN4, 8401) is not None
 
 
 def listens(place: Place, address: str, port: int) -> bool:
@@ -430,7 +433,9 @@ def test_a_udp_client_that_was_there_before_reaches_the_new_container(
     scene: Scene, address: str
 ) -> None:
     """A flow that never pauses follows the port from nobody to one, then to another."""
-    network = scene.network("--subnet", "10.62.20.0/24", "--ipv6", "--subnet", "fd62:20::/64")
+    network = scene.network(
+        "--subnet", "10.62.20.0/24", "--ipv6", "--subnet", "fd62:20::/64"
+    )
     local = address == "127.0.0.1"
     with (scene.place if local else scene.outside).udp_client(address, 8430) as client:
         assert asked(client, 0.1) is None
@@ -439,7 +444,9 @@ def test_a_udp_client_that_was_there_before_reaches_the_new_container(
             one = scene.run(network, "-p", "8430:80/udp", *options)
             server = Server(one, one.name, 80, "udp")
             try:
-                answer = next(filter(None, (asked(client, 0.5) for _ in range(3))), None)
+                answer = next(
+                    filter(None, (asked(client, 0.5) for _ in range(3))), None
+                )
             finally:
                 server.close()
             assert answer is not None

@@ -17,13 +17,12 @@ import socket
 import struct
 import subprocess
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from itertools import count
-from pathlib import Path
 from typing import Any, Self
 
 from cnmdriver.lab.host import DOCKER_SOCKET, Host
@@ -441,11 +440,6 @@ def published(host: Host) -> list[str]:
     ]
 
 
-def container_pid(container: Container) -> int:
-    """Return the id of a container's first process, as its host sees it."""
-    return int(container.state["State"]["Pid"])
-
-
 def devices(container: Container) -> dict[str, dict[str, Any]]:
     """Return the devices of a container by name, as `ip -j addr` shows them."""
     shown = json.loads(container.net("ip", "-j", "addr").stdout)
@@ -463,7 +457,7 @@ def program(machine: Machine, *argv: str) -> Iterator[subprocess.Popen[str]]:
         child.communicate()
 
 
-def eventually(question: Any, timeout: float = 5.0) -> bool:
+def eventually(question: Callable[[], object], timeout: float = 5.0) -> bool:
     """Ask until the answer is yes, for some seconds at most."""
     return wait_until(lambda: bool(question()), timeout)
 
@@ -474,7 +468,7 @@ def eventually(question: Any, timeout: float = 5.0) -> bool:
 def checksum(data: bytes) -> int:
     """Compute the Internet checksum (RFC 1071)."""
     data += b"\0" * (len(data) % 2)
-    total = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
     return ~total & 0xFFFF

@@ -1,0 +1,221 @@
+"""
+A network's whole life, cut at any of its steps by the death of the daemon.
+
+Run as a program, with the life's name and a directory: it lives the life once for each
+step, every time in a namespace and a state directory of its own, and prints what it saw
+as JSON. The daemon that dies is a process that ends there and then: nothing after the
+step runs. Docker is the process that outlives it.
+"""
+
+import asyncio
+import json
+import os
+import pickle
+import sys
+import traceback
+from collections import deque
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from cnmdriver.dockerapi import Inventory
+from cnmdriver.errors import DriverError
+from cnmdriver.plan import devices
+from tests.kernel.conftest import CLONE_NEWNET, call, run
+from tests.kernel.machine import (
+    Daemon,
+    Door,
+    Doors,
+    Sandbox,
+    daemon,
+    left_in_kernel,
+)
+from tests.unit.calls import UDP, Docker, port
+
+NET, BOX = "ab" * 32, "cd" * 32
+KILLED = 137
+TWO = 2
+
+
+async def named(docker: Docker) -> None:
+    """Live with everything named, so that each call can come again."""
+    await docker.create(NET, "10.1.0.0/24", aux=("10.1.0.9",))
+    await docker.start(BOX, NET, ip="10.1.0.5", ports=(port(80, 8080),))
+    await docker.stop(BOX)
+    await docker.remove(NET)
+
+
+async def chosen(docker: Docker) -> None:
+    """Live with everything chosen by pynet, in both families."""
+    await docker.create(NET, None, "ipv6", options={"pynet.icc": "false"})
+    await docker.start(BOX, NET, ports=(port(80), port(53, protocol=UDP)))
+    await docker.stop(BOX)
+    await docker.remove(NET)
+
+
+LIVES: dict[str, Callable[[Docker], Awaitable[None]]] = {
+    "named": named,
+    "chosen": chosen,
+}
+
+
+class Journal:
+    """What Docker got of its calls, which it remembers when the daemon dies."""
+
+    def __init__(self, path: Path, sandbox: Sandbox, *, patient: bool) -> None:
+        """Remember; an impatient Docker gives the cut call up."""
+        self.path = path
+        self.sandbox = sandbox
+        self.answers: list[tuple[str, Any]] = []
+        self.patient = patient
+        self.past: deque[tuple[str, Any]] = deque()
+        if path.exists():
+            with path.open("rb") as file:
+                while file.peek(1):
+                    self.past.append(pickle.load(file))
+
+    async def call(self, name: str, _args: Any, work: Callable[[], Any]) -> Any:
+        """Make a call, unless it was answered before the daemon died."""
+        if self.past:
+            entry = self.past.popleft()
+            assert entry[0] == name
+            self.answers.append(entry)
+            return entry[1]
+        if not self.patient:
+            self.patient = True
+            raise GaveUp(name)
+        answer = await work()
+        self.answers.append((name, answer))
+        self.docker_does(name)
+        with self.path.open("ab") as file:
+            pickle.dump((name, answer), file)
+        return answer
+
+    def docker_does(self, name: str) -> None:
+        """Move the device into the sandbox, or back."""
+        if name == "join":
+            self.sandbox.enter(devices.peer(BOX))
+        if name == "leave" and self.sandbox.has_device():
+            self.sandbox.leave(devices.peer(BOX), f"/proc/{os.getpid()}/ns/net")
+
+
+class GaveUp(DriverError):
+    """Docker did not wait for the daemon to come back."""
+
+
+class Case:
+    """One life, cut at one step, or at none."""
+
+    def __init__(self, life: str, directory: Path, *, at: int, patient: bool) -> None:
+        """Take a directory that is not there yet."""
+        self.life = LIVES[life]
+        self.directory = directory
+        self.at = at
+        self.patient = patient
+        self.steps: list[str] = []
+
+    def run(self) -> dict[str, Any]:
+        """Live and die in a process that ends, then come back in this one."""
+        self.directory.mkdir()
+        call("unshare", CLONE_NEWNET)
+        run("ip", "link", "set", "lo", "up")
+        self.sandbox = Sandbox(self.directory / "sandbox")
+        if self.at and not self.dies():
+            return {"problem": "the daemon did not die"}
+        return asyncio.run(self.comes_back())
+
+    def dies(self) -> bool:
+        """Live in a process of its own until the step."""
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                asyncio.run(self.lives())
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        _, status = os.waitpid(child, 0)
+        return os.waitstatus_to_exitcode(status) == KILLED
+
+    async def lives(self) -> None:
+        async with daemon(self.directory, self.step) as alive:
+            await self.life(self.docker(alive, patient=True)[0])
+
+    async def step(self, name: str) -> None:
+        """Count the steps, and end the process at one."""
+        self.steps.append(name)
+        if len(self.steps) == self.at:
+            (self.directory / "last").write_text(name)
+            os._exit(KILLED)
+
+    def docker(self, alive: Daemon, *, patient: bool) -> tuple[Docker, Journal]:
+        """Let Docker speak to a daemon, with what it remembers."""
+        journal = Journal(self.directory / "journal", self.sandbox, patient=patient)
+        doors = Doors(
+            Door(lambda: alive.rig.networks, journal.call),
+            Door(lambda: alive.rig.ipam, journal.call),
+        )
+        docker = Docker(doors)
+        docker.sandbox = lambda _: str(self.sandbox.path)
+        return docker, journal
+
+    async def comes_back(self) -> dict[str, Any]:
+        """Start anew over the same files, audit, and let Docker go on."""
+        count, self.at = self.at, 0
+        async with daemon(self.directory, self.step) as alive:
+            if count:
+                await alive.sync.turn()
+            report = {"audit": await alive.difference(), "gave_up": ""}
+            docker, journal = self.docker(alive, patient=self.patient)
+            try:
+                await self.life(docker)
+            except GaveUp as error:
+                report["gave_up"] = str(error)
+            report["answers"] = [repr(answer) for answer in journal.answers]
+            report["left_before"] = [*alive.rig.records, *left_in_kernel()]
+            self.sandbox.remove()
+            alive.sync.lapsing.grace = alive.sync.missing.grace = 0
+            alive.sync.learn(Inventory())
+            await alive.sync.turn()
+            report["left"] = [*alive.rig.records, *left_in_kernel()]
+            report["steps"] = self.steps
+        return report
+
+
+def told(case: Case, file: Path) -> int:
+    """Run a case in a process of its own, which writes what it saw."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        report = case.run()
+    except BaseException:
+        report = {"problem": traceback.format_exc()}
+    last = case.directory / "last"
+    report["last"] = last.read_text() if last.exists() else ""
+    file.write_text(json.dumps(report))
+    os._exit(0)
+
+
+def every(life: str, directory: Path) -> list[dict[str, Any]]:
+    """Live once whole, then once for each step and patience of Docker's."""
+    files = [directory / "0.json"]
+    whole = Case(life, directory / "0", at=0, patient=True)
+    os.waitpid(told(whole, files[0]), 0)
+    steps = json.loads(files[0].read_text()).get("steps", ())
+    running: set[int] = set()
+    for at in range(1, len(steps) + 1):
+        if len(running) == TWO:
+            running.remove(os.wait()[0])
+        files.append(directory / f"{at}.json")
+        patient = os.environ.get("PATIENT", "1") == "1"
+        case = Case(life, directory / str(at), at=at, patient=patient)
+        running.add(told(case, files[-1]))
+    for _ in running:
+        os.wait()
+    return [json.loads(file.read_text()) for file in files]
+
+
+if __name__ == "__main__":
+    json.dump(every(sys.argv[1], Path(sys.argv[2])), sys.stdout)
