@@ -36,8 +36,11 @@ class FakeKernel:
         self.applied = 0
         self.dead: set[str] = set()
 
-    async def apply(self, plan: Plan) -> None:
+    async def apply(
+        self, plan: Plan, still: Callable[[Plan], Plan] = lambda plan: plan
+    ) -> None:
         """Take all or nothing."""
+        plan = still(plan)
         before = dict(self.ops)
         try:
             for op in plan:

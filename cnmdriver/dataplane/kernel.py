@@ -91,18 +91,20 @@ class Kernel:
             await self._nft.close()
             await self._netlink.close()
 
-    async def apply(self, plan: Plan) -> None:
+    async def apply(self, plan: Plan, still: Callable[[Plan], Plan] = all_of) -> None:
         """
         Make every operation hold, in order, or leave the kernel as it was.
 
         What is there already is adopted, mended in place or made again. Raises Conflict
         for a foreign object in the way and KernelError for what the kernel refused.
+        `still` is asked, once it is this call's turn, what of the plan is wanted by
+        then.
         """
         async with self._lock:
             undo: Undo = []
             self._firewall.begin()
             try:
-                for handler, ops in self._groups(plan):
+                for handler, ops in self._groups(still(plan)):
                     await self._announce("apply", ops)
                     await settled(handler.apply(ops, undo))
                 await settled(self._firewall.end())

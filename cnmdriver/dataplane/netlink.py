@@ -59,6 +59,7 @@ class Netlink:
 
     def __init__(self) -> None:
         self._socket: AsyncIPRoute | None = None
+        self._dumping = asyncio.Lock()
 
     async def open(self) -> None:
         """Open the socket, in the namespace of the calling thread."""
@@ -218,9 +219,11 @@ class Netlink:
     async def _dump(self, what: str, kind: str, **request: int) -> list[Any]:
         for _ in range(DUMP_TRIES):
             try:
-                found: list[Any] = await self._ask(
-                    what, _collect(self._ip, kind, request)
-                )
+                # The kernel has one dump at a time on a socket, else EBUSY.
+                async with self._dumping:
+                    found: list[Any] = await self._ask(
+                        what, _collect(self._ip, kind, request)
+                    )
             except NetlinkDumpInterrupted:
                 continue
             return found

@@ -58,6 +58,7 @@ class NetworkDriver:
         self.publisher = Publisher(site)
         self.sandboxes = Sandboxes(site)
         self.locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self.creating = asyncio.Lock()
         self.told: set[str] = set()
 
     @asynccontextmanager
@@ -87,9 +88,11 @@ class NetworkDriver:
         async with self.locked(docker_id):
             before = self.part(docker_id)
             try:
-                member = await self.site.state.commit(
-                    lambda draft: self.join_network(draft, *wanted)
-                )
+                # Of two with one subnet or bridge, the second must see the first.
+                async with self.creating:
+                    member = await self.site.state.commit(
+                        lambda draft: self.join_network(draft, *wanted)
+                    )
                 await self.site.dataplane.apply(self.site.network_plan(member))
             except (DriverError, asyncio.CancelledError):
                 made = self.part(docker_id)
@@ -412,6 +415,9 @@ class NetworkDriver:
 
     async def erase(self, endpoint: Endpoint) -> None:
         """Delete an endpoint's record, then what the kernel has of it."""
+        if endpoint.published:
+            await self.publisher.withdraw(endpoint)
+            endpoint = replace(endpoint, published=())
         plan = self.site.endpoint_plan(endpoint)
         self.sandboxes.left(endpoint)
 

@@ -25,14 +25,25 @@ TRIES = 128
 
 
 class Publisher:
-    """Publishes ports of this host's endpoints; its callers hold the lock."""
+    """
+    Publishes ports of this host's endpoints.
+
+    Host ports belong to all networks together, so that one lock is for all: a port
+    changes hands only when its last owner has let go of it in the kernel, too.
+    """
 
     def __init__(self, site: Site) -> None:
         """Work on a site."""
         self.site = site
+        self.lock = asyncio.Lock()
 
     async def publish(self, before: Endpoint, wishes: Sequence[PortRequest]) -> None:
         """Publish all that is wished and nothing else, or leave all as it was."""
+        async with self.lock:
+            await self.replace(before, wishes)
+
+    async def replace(self, before: Endpoint, wishes: Sequence[PortRequest]) -> None:
+        """Replace what an endpoint publishes."""
         endpoint = replace(before, published=())
         try:
             # Who wants one port only comes before who can do with another.
@@ -111,8 +122,9 @@ class Publisher:
         """Publish nothing any more; never fails."""
         after = replace(before, published=())
         key = records.endpoint(after.network, after.id)
-        await self.site.state.remove(lambda draft: draft.put(key, after))
-        await self.site.clear(self.gone(before, after))
+        async with self.lock:
+            await self.site.state.remove(lambda draft: draft.put(key, after))
+            await self.site.clear(self.gone(before, after))
 
     def gone(self, before: Endpoint, after: Endpoint) -> Plan:
         """Return what only the earlier state of an endpoint wanted."""

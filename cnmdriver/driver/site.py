@@ -26,8 +26,12 @@ log = structlog.get_logger()
 class Dataplane(Protocol):
     """The door to the kernel."""
 
-    async def apply(self, plan: Plan) -> None:
-        """Make a plan hold, or take back what was changed and raise KernelError."""
+    async def apply(self, plan: Plan, still: Callable[[Plan], Plan] = ...) -> None:
+        """
+        Make a plan hold, or take back what was changed and raise KernelError.
+
+        `still` says, when it is this call's turn, what of the plan is wanted by then.
+        """
 
     async def clear(self, plan: Plan, still: Callable[[Plan], Plan] = ...) -> None:
         """

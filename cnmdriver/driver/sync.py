@@ -120,6 +120,11 @@ class Sync:
                 problems.append(str(error))
         self.problems = tuple(problems)
 
+    def still_wanted(self, plan: Plan) -> Plan:
+        """Return what is in a plan by now, as it is wanted now."""
+        now = {op.key: op for op in self.site.desired()}
+        return tuple(now[op.key] for op in plan if op.key in now)
+
     def still_surplus(self, plan: Plan) -> Plan:
         """Return what is in no plan by now."""
         return ops.without(plan, self.site.desired())
@@ -140,9 +145,11 @@ class Sync:
         for line in difference.lines(surplus=False):
             log.info("sync.repair", what=line)
         problems = []
-        for plan in self.plans() if amiss else ():
+        for plan in list(self.plans()) if amiss else ():
+            part = affected(plan, amiss)
             try:
-                await self.site.dataplane.apply(affected(plan, amiss))
+                if part:
+                    await self.site.dataplane.apply(part, self.still_wanted)
             except DriverError as error:
                 log.error("sync.cannot_repair", error=str(error))
                 problems.append(str(error))

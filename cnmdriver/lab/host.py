@@ -201,7 +201,7 @@ route add ::/0 via {self.underlay.address6}
         if known is not None and known.process.poll() is None:
             raise LabError(f"{name} runs on {self.name} already: stop it first")
         with (self.directory / f"{name}.log").open("a", encoding="utf-8") as log:
-            child = subprocess.Popen(  # noqa: S603 - an argument list, no shell
+            child = subprocess.Popen(
                 self.enter(*argv),
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -70,7 +70,7 @@ class Lab:
         ]
 
     @classmethod
-    def create(  # noqa: PLR0913 - each has a default
+    def create(
         cls,
         directory: Path,
         hosts: int = 1,

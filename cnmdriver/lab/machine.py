@@ -42,7 +42,7 @@ class Machine:
         (self.directory / "stage").mkdir(parents=True, exist_ok=True)
         argv = [sys.executable, "-IS", str(process.INIT), str(self.lab), self.name]
         with (self.directory / "boot.log").open("a", encoding="utf-8") as log:
-            child = subprocess.Popen(  # noqa: S603 - an argument list, no shell
+            child = subprocess.Popen(
                 argv,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -128,7 +128,7 @@ class Machine:
         self, *argv: str, env: Mapping[str, str] | None = None
     ) -> subprocess.Popen[str]:
         """Start a command with pipes; killing what is returned kills the command."""
-        child = subprocess.Popen(  # noqa: S603 - an argument list, no shell
+        child = subprocess.Popen(
             self._mortal(*argv),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -113,7 +113,7 @@ def run(
     env: dict[str, str] | None = None,
 ) -> Completed:
     """Run a command to its end; raise LabError if it takes longer than the time-out."""
-    with subprocess.Popen(  # noqa: S603 - an argument list, no shell
+    with subprocess.Popen(
         argv,
         stdin=subprocess.DEVNULL if data is None else subprocess.PIPE,
         stdout=subprocess.PIPE,

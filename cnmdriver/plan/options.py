@@ -52,14 +52,16 @@ def parse(options: Mapping[str, str]) -> Options:
     with the list of what is known.
     """
     values: dict[str, object] = {}
+    said: dict[str, str] = {}
     unknown = []
     for key, text in sorted(options.items()):
         name = ALIASES.get(key, key)
         if name in READERS:
             field = name.removeprefix("pynet.")
             value = READERS[name](key, text)
+            first = said.setdefault(field, f"{key}={text}")
             if values.setdefault(field, value) != value:
-                raise InvalidParameter(f"option {key}={text} contradicts {name}")
+                raise InvalidParameter(f"option {key}={text} contradicts {first}")
         elif "." not in name or name.startswith("pynet."):
             raise InvalidParameter(f"unknown option {key!r}: known are {known()}")
         else:
@@ -83,7 +85,7 @@ def boolean(key: str, text: str) -> bool:
 
 def mtu(key: str, text: str) -> int:
     """Read an MTU in bytes."""
-    if not text.isascii() or not text.isdigit() or int(text[:9]) not in MTU:
+    if not re.fullmatch("[0-9]{1,9}", text) or int(text) not in MTU:
         raise InvalidParameter(f"option {key}={text}: give 68 to 65535 bytes")
     return int(text)
 
@@ -110,11 +112,13 @@ def prefix(key: str, text: str) -> str:
 
 
 def address(key: str, text: str) -> IPAddress:
-    """Read an address of the host."""
+    """Read an address of the host; a scope (`%eth0`) is free text and no part of it."""
     try:
-        return ipaddress.ip_address(text)
+        if "%" not in text:
+            return ipaddress.ip_address(text)
     except ValueError:
-        raise InvalidParameter(f"option {key}={text}: give an IP address") from None
+        pass
+    raise InvalidParameter(f"option {key}={text}: give an IP address")
 
 
 def choice(*words: str) -> Callable[[str, str], str]:

@@ -35,14 +35,18 @@ class PoolId:
         return "/".join(parts)
 
 
+def read(text: str) -> IPNetwork:
+    """Read a network; raises ValueError, also for one with a scope (`%eth0`)."""
+    if "%" in text:
+        raise ValueError(f"{text!r} has a scope")
+    return ipaddress.ip_network(text)
+
+
 def parse_id(text: str) -> PoolId:
     """Read a pool id; raises InvalidParameter if it was never one of ours."""
     space, *rest = text.split("/")
     try:
-        nets = [
-            ipaddress.ip_network("/".join(rest[i : i + 2]))
-            for i in range(0, len(rest), 2)
-        ]
+        nets = [read("/".join(rest[i : i + 2])) for i in range(0, len(rest), 2)]
     except ValueError:
         nets = []
     if len(rest) not in (2, 4) or not nets:
@@ -56,7 +60,7 @@ def parse_range(text: str) -> Range:
     if text.count("/") == 2:
         base, _, size = base.rpartition("/")
     try:
-        net = ipaddress.ip_network(base)
+        net = read(base)
         length = int(size or net.prefixlen)
     except ValueError as error:
         raise InvalidParameter(f"default pool {text!r}: {error}") from None

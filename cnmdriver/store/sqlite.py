@@ -191,8 +191,10 @@ class SqliteStore:
 
         future = asyncio.get_running_loop().run_in_executor(self.thread, mapped_work)
         try:
-            # Shielded: a write that was begun is not forgotten half-way.
-            return await asyncio.wait_for(asyncio.shield(future), LIMIT)
+            # Shielded: a write that was begun is not forgotten half-way. (wait_for
+            # would lose a cancellation that comes together with the answer.)
+            async with asyncio.timeout(LIMIT):
+                return await asyncio.shield(future)
         except TimeoutError:
             raise StoreError(
                 f"the embedded store {self.path} did not {doing} within {LIMIT:g} s; "

@@ -88,10 +88,10 @@ class MortalKernel(FakeKernel):
         super().__init__()
         self.fuse = fuse
 
-    async def apply(self, plan: Plan) -> None:
+    async def apply(self, plan: Plan, still=lambda plan: plan) -> None:
         before = dict(self.ops)
         await asyncio.sleep(0)
-        await super().apply(plan)
+        await super().apply(plan, still)
         try:
             await asyncio.sleep(0)
         except asyncio.CancelledError:
