@@ -4,6 +4,9 @@
 #     docker run --detach --name pynet --restart always --privileged \
 #         --network host --pid host \
 #         --volume /run:/run --volume /var/lib/pynet:/var/lib/pynet pynet
+#
+# Docker starts it after it has restored its networks, so that containers of pynet's
+# networks do not come up with Docker: where they must, use deploy/pynet.service.
 
 ARG BASE=python:3.13-slim
 

@@ -6,6 +6,7 @@ Nothing in this module is ever called inside one of Docker's calls, which could 
 each other. When Docker is absent, ids stand for names.
 """
 
+import asyncio
 import ipaddress
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -58,14 +59,19 @@ class DockerApi:
 
     async def inventory(self, driver: str) -> Inventory:
         """List networks and endpoints; those of `driver` with their containers."""
-        async with self.session() as session:
-            listed = await self.get(session, "/networks")
-            details = [
-                await self.get(session, f"/networks/{n['Id']}")
-                for n in listed
-                if str(n.get("Driver", "")).split(":")[0] == driver
-            ]
-        return inventory(listed, [d for d in details if d])
+        try:
+            async with self.session() as session:
+                listed = await self.get(session, "/networks")
+                details = [
+                    await self.get(session, f"/networks/{n['Id']}")
+                    for n in listed
+                    if str(n.get("Driver", "")).split(":")[0] == driver
+                ]
+            return inventory(listed, [d for d in details if d])
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise StoreError(
+                f"docker at {self.path} answers no list of networks: {error!r}"
+            ) from error
 
     async def get(self, session: aiohttp.ClientSession, path: str) -> Any:
         """Ask one question; None if what it is about is gone."""
@@ -79,17 +85,17 @@ class DockerApi:
     async def events(self) -> AsyncGenerator[None, None]:
         """Yield when connected, then once for all the changes since the last time."""
         filters = '{"type":["network","container"]}'
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=LIMIT)
-        async with (
-            self.session() as session,
-            session.get(
-                "/events", params={"filters": filters}, timeout=timeout
-            ) as answer,
-        ):
-            answer.raise_for_status()
-            yield
-            async for _ in answer.content.iter_any():
+        timeout = aiohttp.ClientTimeout(total=None)
+        async with self.session() as session:
+            async with asyncio.timeout(LIMIT):
+                answer = await session.get(
+                    "/events", params={"filters": filters}, timeout=timeout
+                )
+            async with answer:
+                answer.raise_for_status()
                 yield
+                async for _ in answer.content.iter_any():
+                    yield
 
 
 def inventory(listed: list[dict[str, Any]], details: list[dict[str, Any]]) -> Inventory:

@@ -111,7 +111,9 @@ class Sync:
         # whatever was found has its record by this time, or is to go.
         difference = ops.compare(self.site.desired(), found)
         problems = await self.mend(difference)
-        surplus, self.orphans = removable(difference.surplus, self.known_endpoints())
+        surplus, self.orphans = removable(
+            difference.surplus, self.known_endpoints(), shared=await self.shared()
+        )
         if surplus:
             log.info("sync.surplus", objects=[ops.name(op) for op in surplus])
             try:
@@ -128,6 +130,11 @@ class Sync:
     def still_surplus(self, plan: Plan) -> Plan:
         """Return what is in no plan by now."""
         return ops.without(plan, self.site.desired())
+
+    async def shared(self) -> bool:
+        """Tell whether endpoints of another pynet, or of an earlier state, are here."""
+        foreign = await self.site.dataplane.foreign()
+        return any(":endpoint:" in alias for _, alias in foreign)
 
     def known_endpoints(self) -> frozenset[str] | None:
         """Return the endpoints Docker has, None if it has not told."""
@@ -293,17 +300,18 @@ def affected(plan: Plan, amiss: set[ops.Key]) -> Plan:
 
 
 def removable(
-    surplus: Plan, known: frozenset[str] | None
+    surplus: Plan, known: frozenset[str] | None, *, shared: bool
 ) -> tuple[Plan, tuple[str, ...]]:
     """
     Divide what is in no plan into what may go and the names of what may not.
 
     A pair whose far end is in a sandbox is in use unless Docker's list lacks its
-    endpoint; while there is one in use, only pairs may go.
+    endpoint; while there is one in use, or the kernel is `shared` with endpoints that
+    are not ours, only pairs may go: the firewall's part has no owner's name on it.
     """
     pairs = [op for op in surplus if isinstance(op, Veth)]
     used = {op.key for op in pairs if in_use(op, known)}
-    if not used:
+    if not used and not shared:
         return surplus, ()
     names = tuple(ops.name(op) for op in surplus if op.key in used)
     return tuple(op for op in pairs if op.key not in used), names

@@ -1,10 +1,12 @@
 """
 A network's whole life, cut at any of its steps by the death of the daemon.
 
-Run as a program, with the life's name and a directory: it lives the life once for each
-step, every time in a namespace and a state directory of its own, and prints what it saw
-as JSON. The daemon that dies is a process that ends there and then: nothing after the
-step runs. Docker is the process that outlives it.
+Run as a program, with a life's name, a directory and "patient" or "impatient": it lives
+the life whole and then once for each step, every time in a namespace and a state
+directory of its own, and writes what it saw into `0.json`, `1.json` and so on. The
+daemon that dies is a process that ends there and then: nothing after the step runs.
+Docker is the process that outlives it; a patient one makes the cut call again, another
+takes it for failed.
 """
 
 import asyncio
@@ -34,12 +36,13 @@ from tests.unit.calls import UDP, Docker, port
 
 NET, BOX = "ab" * 32, "cd" * 32
 KILLED = 137
-TWO = 2
+TOGETHER = 6
+"""Lives at a time: most of a life is waiting for the kernel."""
 
 
 async def named(docker: Docker) -> None:
     """Live with everything named, so that each call can come again."""
-    await docker.create(NET, "10.1.0.0/24", aux=("10.1.0.9",))
+    await docker.create(NET, "10.1.0.0/24")
     await docker.start(BOX, NET, ip="10.1.0.5", ports=(port(80, 8080),))
     await docker.stop(BOX)
     await docker.remove(NET)
@@ -47,7 +50,8 @@ async def named(docker: Docker) -> None:
 
 async def chosen(docker: Docker) -> None:
     """Live with everything chosen by pynet, in both families."""
-    await docker.create(NET, None, "ipv6", options={"pynet.icc": "false"})
+    options = {"pynet.icc": "false"}
+    await docker.create(NET, None, "ipv6", options=options)
     await docker.start(BOX, NET, ports=(port(80), port(53, protocol=UDP)))
     await docker.stop(BOX)
     await docker.remove(NET)
@@ -74,7 +78,7 @@ class Journal:
                 while file.peek(1):
                     self.past.append(pickle.load(file))
 
-    async def call(self, name: str, _args: Any, work: Callable[[], Any]) -> Any:
+    async def call(self, name: str, work: Callable[[], Any]) -> Any:
         """Make a call, unless it was answered before the daemon died."""
         if self.past:
             entry = self.past.popleft()
@@ -149,16 +153,18 @@ class Case:
             (self.directory / "last").write_text(name)
             os._exit(KILLED)
 
+    def where(self, _endpoint: str) -> str:
+        """Return where the sandbox is."""
+        return str(self.sandbox.path)
+
     def docker(self, alive: Daemon, *, patient: bool) -> tuple[Docker, Journal]:
         """Let Docker speak to a daemon, with what it remembers."""
         journal = Journal(self.directory / "journal", self.sandbox, patient=patient)
         doors = Doors(
-            Door(lambda: alive.rig.networks, journal.call),
-            Door(lambda: alive.rig.ipam, journal.call),
+            Door(lambda: alive.rig.networks, journal.call, self.where),
+            Door(lambda: alive.rig.ipam, journal.call, self.where),
         )
-        docker = Docker(doors)
-        docker.sandbox = lambda _: str(self.sandbox.path)
-        return docker, journal
+        return Docker(doors), journal
 
     async def comes_back(self) -> dict[str, Any]:
         """Start anew over the same files, audit, and let Docker go on."""
@@ -166,14 +172,14 @@ class Case:
         async with daemon(self.directory, self.step) as alive:
             if count:
                 await alive.sync.turn()
-            report = {"audit": await alive.difference(), "gave_up": ""}
+            report = {"audit": await alive.difference(), "refused": ""}
             docker, journal = self.docker(alive, patient=self.patient)
             try:
                 await self.life(docker)
-            except GaveUp as error:
-                report["gave_up"] = str(error)
+            except DriverError as error:
+                report["refused"] = str(error)
             report["answers"] = [repr(answer) for answer in journal.answers]
-            report["left_before"] = [*alive.rig.records, *left_in_kernel()]
+            report["left_by_docker"] = [*alive.rig.records, *left_in_kernel()]
             self.sandbox.remove()
             alive.sync.lapsing.grace = alive.sync.missing.grace = 0
             alive.sync.learn(Inventory())
@@ -189,33 +195,30 @@ def told(case: Case, file: Path) -> int:
     if child:
         return child
     try:
-        report = case.run()
+        report = {"problem": "", **case.run()}
     except BaseException:
         report = {"problem": traceback.format_exc()}
     last = case.directory / "last"
-    report["last"] = last.read_text() if last.exists() else ""
+    report["cut"] = last.read_text() if last.exists() else ""
     file.write_text(json.dumps(report))
     os._exit(0)
 
 
-def every(life: str, directory: Path) -> list[dict[str, Any]]:
+def every(life: str, directory: Path, *, patient: bool) -> None:
     """Live once whole, then once for each step and patience of Docker's."""
-    files = [directory / "0.json"]
+    first = directory / "0.json"
     whole = Case(life, directory / "0", at=0, patient=True)
-    os.waitpid(told(whole, files[0]), 0)
-    steps = json.loads(files[0].read_text()).get("steps", ())
+    os.waitpid(told(whole, first), 0)
+    steps = json.loads(first.read_text()).get("steps", ())
     running: set[int] = set()
     for at in range(1, len(steps) + 1):
-        if len(running) == TWO:
+        if len(running) == TOGETHER:
             running.remove(os.wait()[0])
-        files.append(directory / f"{at}.json")
-        patient = os.environ.get("PATIENT", "1") == "1"
         case = Case(life, directory / str(at), at=at, patient=patient)
-        running.add(told(case, files[-1]))
+        running.add(told(case, directory / f"{at}.json"))
     for _ in running:
         os.wait()
-    return [json.loads(file.read_text()) for file in files]
 
 
 if __name__ == "__main__":
-    json.dump(every(sys.argv[1], Path(sys.argv[2])), sys.stdout)
+    every(sys.argv[1], Path(sys.argv[2]), patient=sys.argv[3] == "patient")

@@ -60,18 +60,24 @@ async def daemon(directory: Path, step: Step) -> AsyncIterator[Daemon]:
 class Door:
     """A driver as its caller sees it: every call goes by `call(name, work)`."""
 
-    def __init__(self, target: Callable[[], Any], call: Callable[..., Any]) -> None:
-        """Take what finds the driver, which a restart replaces."""
+    def __init__(
+        self,
+        target: Callable[[], Any],
+        call: Callable[..., Any],
+        where: Callable[[str], str],
+    ) -> None:
+        """Take what finds the driver, which a restart replaces, and the sandboxes."""
         self.target = target
         self.call = call
+        self.where = where
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         """Return the method of that name, led by the door."""
 
         def method(*args: Any, **named: Any) -> Any:
-            return self.call(
-                name, args, lambda: getattr(self.target(), name)(*args, **named)
-            )
+            if name == "join":
+                args = (*args[:2], self.where(args[1]))
+            return self.call(name, lambda: getattr(self.target(), name)(*args, **named))
 
         return method
 

@@ -216,7 +216,7 @@ async def test_a_slow_disk_is_a_sentence(opened, tmp_path, monkeypatch):
         asyncio.run_coroutine_threadsafe(gate.wait(), loop).result(5)
 
     blocked = loop.run_in_executor(store.thread, wait)
-    with pytest.raises(StoreError, match="did not write within 0.05 s"):
+    with pytest.raises(StoreError, match=r"did not write within 0\.05 s"):
         await store.commit(Change(puts={"a": b"1"}))
     gate.set()
     await blocked

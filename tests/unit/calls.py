@@ -97,7 +97,9 @@ class Docker:
             for cidr in cidrs or (None,):
                 version = 6 if cidr == "ipv6" else 4
                 text = None if cidr == "ipv6" else cidr
-                await self.claim(net, text, version, gateway, aux, sub, ipam)
+                await self.claim(
+                    net, text, version, gateway=gateway, aux=aux, sub=sub, ipam=ipam
+                )
             await self.rig.networks.create(
                 name,
                 subnets=tuple(net.subnets),
@@ -110,7 +112,7 @@ class Docker:
         self.nets[name] = net
         return net
 
-    async def claim(self, net, cidr, version, gateway, aux, sub, ipam) -> None:
+    async def claim(self, net, cidr, version, *, gateway, aux, sub, ipam) -> None:
         """Claim one pool with its gateway and auxiliary addresses."""
         pool_id = await self.pool(cidr, sub=sub, version=version, **ipam)
         pool = ip_network("/".join(pool_id.split("/")[1:3]))

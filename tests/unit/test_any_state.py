@@ -23,19 +23,18 @@ from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
     invariant,
-    precondition,
     rule,
 )
 
 from cnmdriver.dockerapi import Inventory
 from cnmdriver.driver.publishing import clashing
 from cnmdriver.driver.sync import Sync
-from cnmdriver.errors import DriverError
+from cnmdriver.errors import DriverError, KernelError
 from cnmdriver.model import Endpoint, Reservation, Subnet
 from cnmdriver.plan import ops
 from cnmdriver.plan.ops import Bridge, Element, Hold, Op, Plan, Veth
 from tests.fakes import FakeKernel, rig
-from tests.unit.calls import Docker, families, port
+from tests.unit.calls import Docker, Net, families, port
 
 NETWORKS = ("red" * 20, "green" * 12, "blue" * 15)
 BOXES = tuple(f"box{n}" * 16 for n in range(5))
@@ -50,15 +49,25 @@ PORTS = (
     port(53, 8081, protocol=17),
 )
 
+ADDRESSES = ("10.1.0.2/29", "10.1.0.3/29", "10.1.0.2/24", "fd01::5/64")
+
+numbers = st.integers(0, 1000)
 networks = st.sampled_from(NETWORKS)
-boxes = st.sampled_from(BOXES)
 cidrs = st.lists(st.sampled_from(CIDRS), min_size=1, max_size=2, unique=True)
 ports = st.lists(st.sampled_from(PORTS), max_size=3).map(tuple)
-addresses = st.sampled_from(("10.1.0.2/29", "10.1.0.3/29", "10.1.0.2/24", "fd01::5/64"))
+
+
+def pick(things, number):
+    """Choose by number: what there is to choose from is not drawn, but found."""
+    return things[number % len(things)]
 
 
 class Death(BaseException):
     """The process is gone: no line of it runs any more."""
+
+
+class TooLate(DriverError):
+    """The call ran into its time limit; Docker sees an error."""
 
 
 class Fuse:
@@ -87,6 +96,7 @@ class MortalKernel(FakeKernel):
         """Hold nothing."""
         super().__init__()
         self.fuse = fuse
+        self.refused = None
 
     async def apply(self, plan: Plan, still=lambda plan: plan) -> None:
         before = dict(self.ops)
@@ -100,6 +110,8 @@ class MortalKernel(FakeKernel):
 
     def one(self, op: Op) -> None:
         self.fuse.burn()
+        if self.refused is not None and isinstance(op, self.refused):
+            raise KernelError(f"cannot make {op.key}: refused")
         super().one(op)
 
     async def clear(self, plan: Plan, still=lambda plan: plan) -> None:
@@ -119,7 +131,9 @@ class AnyState(RuleBasedStateMachine):
     def __init__(self) -> None:
         """Start with nothing."""
         super().__init__()
-        self.directory = Path(tempfile.mkdtemp())
+        # In memory where that can be: not the disk is on trial here.
+        memory = Path("/dev/shm")
+        self.directory = Path(tempfile.mkdtemp(dir=memory if memory.is_dir() else None))
         self.runner = asyncio.Runner()
         self.stack = contextlib.AsyncExitStack()
         self.fuse = Fuse()
@@ -129,11 +143,13 @@ class AnyState(RuleBasedStateMachine):
         self.nets, self.boxes = {}, {}
         self.pools: list[str] = []
 
-
-    @initialize()
-    def start(self) -> None:
-        """Start the daemon over the same files and the same kernel."""
-        self.run(self.up())
+    @initialize(cidrs=cidrs, ports=ports, count=st.integers(0, 3))
+    def start(self, cidrs, ports, count) -> None:
+        """Start the daemon with some containers on a network."""
+        self.runner.run(self.up())
+        self.create_network(0, cidrs, 1, sub=False)
+        for box in BOXES[:count]:
+            self.start_container(0, box, ports)
 
     async def up(self) -> None:
         self.rig = await self.stack.enter_async_context(
@@ -156,9 +172,16 @@ class AnyState(RuleBasedStateMachine):
         self.stack = contextlib.AsyncExitStack()
 
     def call(self, work, *, forgive: bool = True) -> bool:
-        """Make a call; it may be refused with one of the six errors, in a sentence."""
+        """
+        Make a call; it may be refused with one of the six errors, in a sentence.
+
+        A removing call is not: it may only be late, and leave the kernel to the audit.
+        """
         try:
             self.run(work)
+        except TooLate:
+            self.sure &= forgive
+            return False
         except DriverError as error:
             assert str(error)
             if not forgive:
@@ -168,140 +191,154 @@ class AnyState(RuleBasedStateMachine):
 
     # Whole commands of Docker.
 
-    @precondition(lambda self: len(self.nets) < len(NETWORKS))
-    @rule(name=networks, cidrs=cidrs, internal=st.booleans(), sub=st.booleans())
-    def create_network(self, name, cidrs, internal, sub) -> None:
+    @rule(n=numbers, cidrs=cidrs, internal=st.integers(0, 4), sub=st.booleans())
+    def create_network(self, n, cidrs, internal, sub) -> None:
+        """Create a network Docker does not have; few are internal."""
+        name = pick([n for n in NETWORKS if n not in self.nets] or NETWORKS, n)
+        part = "10.1.0.4/30" if sub and cidrs == ["10.1.0.0/29"] else None
         if name not in self.nets:
-            part = "10.1.0.4/30" if sub and cidrs == ["10.1.0.0/29"] else None
-            self.call(self.docker.create(name, *cidrs, internal=internal, sub=part))
+            work = self.docker.create(name, *cidrs, internal=not internal, sub=part)
+            self.call(work)
 
-    @rule(name=networks)
-    def remove_network(self, name) -> None:
-        busy = any(box.net.id == name for box in self.boxes.values())
-        if name in self.nets and not busy:
-            self.call(self.docker.remove(name), forgive=False)
+    @rule(n=numbers)
+    def remove_network(self, n) -> None:
+        """Remove a network that nothing is attached to."""
+        busy = [box.net.id for box in self.boxes.values()]
+        idle = [name for name in self.nets if name not in busy]
+        if idle:
+            self.call(self.docker.remove(pick(idle, n)), forgive=False)
 
-    @precondition(lambda self: self.nets)
-    @rule(data=st.data(), box=boxes, ports=ports)
-    def start_container(self, data, box, ports) -> None:
-        if box not in self.boxes:
-            name = data.draw(st.sampled_from(sorted(self.nets)))
-            self.call(self.docker.start(box, name, ports=ports))
+    @rule(n=numbers, box=st.sampled_from(BOXES), ports=ports)
+    def start_container(self, n, box, ports) -> None:
+        """Start a container that does not run."""
+        if self.nets and box not in self.boxes:
+            self.call(self.docker.start(box, pick(list(self.nets), n), ports=ports))
 
-    @precondition(lambda self: self.boxes)
-    @rule(data=st.data())
-    def stop_container(self, data) -> None:
-        box = data.draw(st.sampled_from(sorted(self.boxes)))
-        self.call(self.docker.stop(box), forgive=False)
+    @rule(n=numbers)
+    def stop_container(self, n) -> None:
+        """Stop a container that runs."""
+        if self.boxes:
+            self.call(self.docker.stop(pick(list(self.boxes), n)), forgive=False)
 
-    # Single calls, in their place or out of it.
+    # Single calls, twice or out of their place.
 
-    @rule(name=networks, box=boxes)
-    def join(self, name, box) -> None:
-        self.call(self.rig.networks.join(name, box, f"/run/netns/{box}"))
+    @rule(n=numbers, name=networks, box=st.sampled_from(BOXES), known=st.integers(0, 3))
+    def build(self, n, name, box, known) -> None:
+        """Join, or ask for the endpoint again, or for another of that id."""
+        name, box = self.somewhere(name, box, known, n)
+        drivers = self.rig.networks
+        kind = n % 3
+        if kind == 0:
+            self.call(drivers.join(name, box, f"/run/netns/{box}"))
+        elif kind == 1 and box in self.boxes:
+            given = families(self.boxes[box].addresses)
+            self.call(drivers.create_endpoint(name, box, **given, mac=""))
+        else:
+            given = families([ip_interface(pick(ADDRESSES, n))])
+            self.call(drivers.create_endpoint(name, box, **given, mac=""))
 
-    @rule(name=networks, box=boxes, ports=ports, ipv6=st.booleans())
-    def program(self, name, box, ports, ipv6) -> None:
+    @rule(
+        n=numbers,
+        name=networks,
+        box=st.sampled_from(BOXES),
+        known=st.integers(0, 3),
+        ports=ports,
+        ipv6=st.booleans(),
+    )
+    def program(self, n, name, box, known, ports, ipv6) -> None:
+        """Publish ports, once more or out of place."""
+        name, box = self.somewhere(name, box, known, n)
         self.sure = False  # before Join the ports are held, and the audit lets go
         self.call(self.rig.networks.program(name, box, ports=ports, ipv6=ipv6))
 
-    @rule(name=networks, box=boxes)
-    def revoke(self, name, box) -> None:
-        self.call(self.rig.networks.revoke(name, box), forgive=False)
+    @rule(n=numbers, name=networks, box=st.sampled_from(BOXES), known=st.integers(0, 3))
+    def take_down(self, n, name, box, known) -> None:
+        """Revoke, leave or delete, whatever was before."""
+        name, box = self.somewhere(name, box, known, n)
+        drivers = self.rig.networks
+        call = pick((drivers.revoke, drivers.leave, drivers.delete_endpoint), n)
+        self.call(call(name, box), forgive=False)
 
-    @rule(name=networks, box=boxes)
-    def leave(self, name, box) -> None:
-        self.call(self.rig.networks.leave(name, box), forgive=False)
-
-    @rule(name=networks, box=boxes)
-    def delete_endpoint(self, name, box) -> None:
-        self.call(self.rig.networks.delete_endpoint(name, box), forgive=False)
-
-    @rule(name=networks, box=boxes, address=addresses)
-    def create_endpoint(self, name, box, address) -> None:
-        self.call(
-            self.rig.networks.create_endpoint(
-                name, box, **families([ip_interface(address)]), mac=""
-            )
-        )
+    def somewhere(self, name, box, known, n) -> tuple[str, str]:
+        """Choose an endpoint that there is, mostly."""
+        if known and self.boxes:
+            box = pick(list(self.boxes), n)
+            name = self.boxes[box].net.id
+        return name, box
 
     @rule(name=networks, cidr=st.sampled_from(("10.1.0.0/29", "10.3.0.0/24")))
     def create_without_our_ipam(self, name, cidr) -> None:
         """Docker's own IPAM has the addresses, so ours heard nothing of the pool."""
         pool = ip_interface(cidr).network
         subnet = Subnet(space="x", pool=pool, gateway=pool.network_address + 1)
-        self.call(
+        made = self.call(
             self.rig.networks.create(
                 name, subnets=(subnet,), options={}, internal=False
             )
         )
+        if made:
+            self.nets.setdefault(name, Net(name))
 
     @rule(name=networks)
     def delete_network(self, name) -> None:
+        """Delete a network with whatever is attached."""
         self.call(self.rig.networks.delete(name), forgive=False)
 
-    @rule(cidr=st.sampled_from(CIDRS[:4]))
-    def request_pool(self, cidr) -> None:
+    @rule(n=numbers, cidr=st.sampled_from(CIDRS[:4]))
+    def use_pools(self, n, cidr) -> None:
+        """Ask for a pool and two of its addresses for nothing, or give one back."""
+
         async def ask() -> None:
             pool_id = await self.docker.pool(cidr)
             self.pools.append(pool_id)
             for role in (True, False):
                 await self.docker.address(pool_id, gateway=role)
 
-        self.call(ask())
+        if self.pools and n % 2:
+            work = self.rig.ipam.release_pool(pick(self.pools, n))
+            self.call(work, forgive=False)
+        else:
+            self.call(ask())
 
-    @precondition(lambda self: self.pools)
-    @rule(data=st.data())
-    def release_pool(self, data) -> None:
-        pool_id = data.draw(st.sampled_from(self.pools))
-        self.call(self.rig.ipam.release_pool(pool_id), forgive=False)
-
-    @rule(data=st.data())
-    def release_address(self, data) -> None:
-        held = self.rig.state.view.all(Reservation, "addresses/")
-        known = [(f"{r.space}/{r.cidr}", r.ip) for r in held]
-        if known:
-            pool_id, ip = data.draw(st.sampled_from(known))
-            self.call(self.rig.ipam.release_address(pool_id, ip), forgive=False)
+    @rule(n=numbers)
+    def release_address(self, n) -> None:
+        """Give an address back that somebody may use."""
+        held = list(self.rig.state.view.all(Reservation, "addresses/"))
+        if held:
+            one = pick(held, n)
+            work = self.rig.ipam.release_address(f"{one.space}/{one.cidr}", one.ip)
+            self.call(work, forgive=False)
 
     # Trouble.
 
-    @rule(steps=st.integers(1, 40))
-    def die_soon(self, steps) -> None:
-        """Let the process die at a step of one of the next calls."""
+    @rule(steps=st.integers(1, 25), death=st.booleans())
+    def trouble_soon(self, steps, death) -> None:
+        """Let the process die, or a time limit cancel the call, so many steps on."""
 
         def die() -> None:
             raise Death
 
-        self.fuse.light(steps, die)
+        def cancel() -> None:
+            asyncio.current_task().cancel()
 
-    @rule(steps=st.integers(1, 20))
-    def give_up_soon(self, steps) -> None:
-        """Let a time limit cancel one of the next calls at a step."""
-        self.fuse.light(steps, lambda: asyncio.current_task().cancel())
+        self.fuse.light(steps, die if death else cancel)
 
-    @rule(kind=st.sampled_from((Bridge, Veth, Element, Hold)))
+    @rule(kind=st.sampled_from((Bridge, Veth, Element, Hold, None)))
     def refuse(self, kind) -> None:
-        """Let the kernel refuse something it has."""
-        self.kernel.refuse = {
-            k for k, op in self.kernel.ops.items() if isinstance(op, kind)
-        }
+        """Let the kernel refuse one kind of object from now on, or none."""
+        self.kernel.refused = kind
 
-    @rule()
-    def refuse_nothing(self) -> None:
-        self.kernel.refuse = set()
-
-    @rule(data=st.data())
-    def somebody_removes(self, data) -> None:
+    @rule(n=numbers)
+    def somebody_removes(self, n) -> None:
         """Somebody takes an object of ours away."""
         if self.kernel.ops:
-            keys = sorted(self.kernel.ops)
-            op = self.kernel.ops[data.draw(st.sampled_from(keys))]
+            op = pick(list(self.kernel.ops.values()), n)
             self.run(FakeKernel.clear(self.kernel, (op,)))
             self.sure = False
 
     @rule()
     def restart(self) -> None:
+        """End the process and start it again."""
         self.fuse.left = 0
         self.run(self.down())
         self.kernel.restart()
@@ -310,6 +347,7 @@ class AnyState(RuleBasedStateMachine):
 
     @rule()
     def reboot(self) -> None:
+        """Restart the whole machine."""
         self.boots += 1
         self.kernel.ops = {}
         self.restart()
@@ -328,7 +366,7 @@ class AnyState(RuleBasedStateMachine):
             answer = await work
         except asyncio.CancelledError:
             asyncio.current_task().uncancel()
-            raise DriverError("the call took too long") from None
+            raise TooLate("the call took too long") from None
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.sleep(0)  # a cancel that came too late
         return answer
@@ -339,7 +377,7 @@ class AnyState(RuleBasedStateMachine):
     def audit(self, lapse) -> None:
         """Audit; what nobody bound is given back if its time is over."""
         self.fuse.left = 0
-        self.kernel.refuse = set()
+        self.kernel.refused = None
         self.sync.lapsing.grace = 0 if lapse else 3600
         self.run(self.sync.turn())
         self.sure = True
@@ -348,7 +386,7 @@ class AnyState(RuleBasedStateMachine):
     @invariant()
     def the_kernel_is_as_desired(self) -> None:
         """After an audit, and after every whole call, nothing lacks or is too much."""
-        if self.sure and self.fuse.left <= 0 and not self.kernel.refuse:
+        if self.sure and self.fuse.left <= 0 and self.kernel.refused is None:
             difference = ops.compare(
                 self.rig.site.desired(), tuple(self.kernel.ops.values())
             )
@@ -385,7 +423,7 @@ class AnyState(RuleBasedStateMachine):
 
     def let_go(self) -> None:
         self.fuse.left = 0
-        self.kernel.refuse = set()
+        self.kernel.refused = None
         for box in list(self.boxes):
             self.call(self.docker.stop(box), forgive=False)
         for name in list(self.nets):

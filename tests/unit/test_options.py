@@ -1,0 +1,259 @@
+"""Options of `docker network create -o`: which are known, and what each may say."""
+
+from ipaddress import IPv4Address, IPv6Address
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cnmdriver.errors import InvalidParameter
+from cnmdriver.plan import options
+from cnmdriver.plan.options import Options
+
+KNOWN = (
+    "pynet.bridge, pynet.gateway, pynet.host_binding, pynet.icc, "
+    "pynet.masquerade, pynet.mode, pynet.mtu, pynet.prefix"
+)
+
+
+def test_nothing_said():
+    """Without options containers reach each other and the outside, by their eth0."""
+    assert options.parse({}) == Options(
+        mode=None,
+        mtu=None,
+        bridge="",
+        icc=True,
+        masquerade=True,
+        host_binding=None,
+        gateway="pynet",
+        prefix="eth",
+        unknown=(),
+    )
+
+
+def test_everything_said():
+    """Each option of ours is read into its field."""
+    said = {
+        "pynet.mode": "bridge",
+        "pynet.mtu": "1400",
+        "pynet.bridge": "lab0",
+        "pynet.icc": "false",
+        "pynet.masquerade": "no",
+        "pynet.host_binding": "192.0.2.1",
+        "pynet.gateway": "docker",
+        "pynet.prefix": "net",
+    }
+    assert options.parse(said) == Options(
+        mode="bridge",
+        mtu=1400,
+        bridge="lab0",
+        icc=False,
+        masquerade=False,
+        host_binding=IPv4Address("192.0.2.1"),
+        gateway="docker",
+        prefix="net",
+    )
+
+
+def test_docker_names():
+    """The names Docker has for its own bridges mean the same."""
+    said = {
+        "com.docker.network.driver.mtu": "9000",
+        "com.docker.network.bridge.name": "lab0",
+        "com.docker.network.bridge.enable_icc": "false",
+        "com.docker.network.bridge.enable_ip_masquerade": "false",
+        "com.docker.network.bridge.host_binding_ipv4": "127.0.0.1",
+        "com.docker.network.container_iface_prefix": "lab",
+    }
+    assert options.parse(said) == Options(
+        mtu=9000,
+        bridge="lab0",
+        icc=False,
+        masquerade=False,
+        host_binding=IPv4Address("127.0.0.1"),
+        prefix="lab",
+    )
+
+
+def test_options_of_others():
+    """What other programs' options say is kept in order, and means nothing."""
+    said = {"org.example.b": "1", "com.docker.network.x": "2", "pynet.mtu": "1500"}
+    found = options.parse(said)
+    assert found.unknown == ("com.docker.network.x", "org.example.b")
+    assert found == Options(mtu=1500, unknown=found.unknown)
+
+
+@pytest.mark.parametrize("key", ["pynet.mut", "pynet.", "mtu", "", "parent"])
+def test_unknown_option(key):
+    """A misspelt or bare word is refused, with the list of what there is."""
+    with pytest.raises(InvalidParameter) as refused:
+        options.parse({key: "x"})
+    assert str(refused.value) == f"unknown option {key!r}: known are {KNOWN}"
+
+
+def test_contradiction():
+    """Two spellings of one option must agree; the text has both."""
+    with pytest.raises(InvalidParameter) as refused:
+        options.parse({"com.docker.network.driver.mtu": "1400", "pynet.mtu": "1300"})
+    assert str(refused.value) == (
+        "option pynet.mtu=1300 contradicts com.docker.network.driver.mtu=1400"
+    )
+
+
+def test_saying_it_twice():
+    """Two spellings that say the same are one option."""
+    said = {"com.docker.network.bridge.enable_icc": "0", "pynet.icc": "FALSE"}
+    assert options.parse(said) == Options(icc=False)
+
+
+@pytest.mark.parametrize(
+    "text", ["true", "1", "t", "yes", "on", "", "True", "TRUE", "YES", "On"]
+)
+def test_yes(text):
+    """There are many words for yes, of any case; an option alone is one."""
+    assert options.boolean("k", text) is True
+
+
+@pytest.mark.parametrize("text", ["false", "0", "f", "no", "off", "False", "OFF"])
+def test_no(text):
+    """There are many words for no, of any case."""
+    assert options.boolean("k", text) is False
+
+
+@pytest.mark.parametrize("text", [" ", "2", "ja", "truefalse", "none"])
+def test_neither_yes_nor_no(text):
+    """Any other word is refused, with what to say."""
+    with pytest.raises(InvalidParameter) as refused:
+        options.parse({"pynet.icc": text})
+    assert str(refused.value) == f"option pynet.icc={text}: give true or false"
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("68", 68), ("1500", 1500), ("65535", 65535), ("0068", 68)]
+)
+def test_mtu(text, number):
+    """An MTU is a number of bytes that IPv4 can work with."""
+    assert options.mtu("k", text) == number
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "0",
+        "67",
+        "65536",
+        "-1500",
+        "+1500",
+        "1_500",
+        "1500.0",
+        " 1500",
+        "1500\n",
+        "0x5dc",
+        "²",
+        "\N{ARABIC-INDIC DIGIT ONE}00",
+        "0000065535999",
+        "000001500" + "0" * 5000,
+        "9" * 5000,
+    ],
+)
+def test_bad_mtu(text):
+    """Any other text is refused, however long, with the range."""
+    with pytest.raises(InvalidParameter) as refused:
+        options.parse({"pynet.mtu": text})
+    assert str(refused.value) == f"option pynet.mtu={text}: give 68 to 65535 bytes"
+
+
+@given(st.text(max_size=20) | st.integers(0, 10**12).map("{:012}".format))
+def test_mtu_is_never_out_of_range(text):
+    """Whatever is said, what is accepted is an MTU."""
+    try:
+        found = options.mtu("k", text)
+    except InvalidParameter:
+        return
+    assert 68 <= found <= 65535
+
+
+@pytest.mark.parametrize(
+    "text", ["b", "br-lan", "a.b", "_x", ".hidden", "A0_.-", "x" * 15, "...", "0"]
+)
+def test_device(text):
+    """A device name has up to 15 letters, digits and some signs."""
+    assert options.device("k", text) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", ".", "..", "-x", "x" * 16, "a b", "a/b", "a:b", 'a"b', "a\n", "brücke", "a;b"],
+)
+def test_bad_device(text):
+    """Whatever a tool or the kernel could misread is no device name."""
+    with pytest.raises(InvalidParameter) as refused:
+        options.parse({"pynet.bridge": text})
+    assert str(refused.value) == (
+        f"option pynet.bridge={text}: give a device name of 1 to 15 letters, digits,"
+        " _ . -"
+    )
+
+
+@pytest.mark.parametrize("text", ["e", "eth", "Net_0-", "x" * 10])
+def test_prefix(text):
+    """A prefix leaves room for the number Docker adds."""
+    assert options.prefix("k", text) == text
+
+
+@pytest.mark.parametrize("text", ["", "x" * 11, "0eth", "_x", "-x", "a.b", "eth\n"])
+def test_bad_prefix(text):
+    """What makes no interface name is refused."""
+    with pytest.raises(InvalidParameter) as refused:
+        options.parse({"pynet.prefix": text})
+    assert str(refused.value) == (
+        f"option pynet.prefix={text}: give 1 to 10 letters, digits, _ or -"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("127.0.0.1", IPv4Address("127.0.0.1")),
+        ("0.0.0.0", IPv4Address(0)),
+        ("fd00::1", IPv6Address("fd00::1")),
+    ],
+)
+def test_host_binding(text, found):
+    """A host binding is an address of either family."""
+    assert options.address("k", text) == found
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "localhost",
+        "127.1",
+        "10.0.0.1/24",
+        "fe80::1%eth0",
+        "fe80::1%0 } ; flush ruleset",
+    ],
+)
+def test_bad_host_binding(text):
+    """Other text is refused; a scope could carry anything into the ruleset."""
+    with pytest.raises(InvalidParameter) as refused:
+        options.parse({"pynet.host_binding": text})
+    assert str(refused.value) == f"option pynet.host_binding={text}: give an IP address"
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "words"),
+    [
+        ("pynet.mode", "overlay", "bridge"),
+        ("pynet.mode", "", "bridge"),
+        ("pynet.gateway", "host", "pynet or docker"),
+        ("pynet.gateway", "Docker", "pynet or docker"),
+    ],
+)
+def test_choice(key, text, words):
+    """Of a list of words one must be given, as it is written."""
+    with pytest.raises(InvalidParameter) as refused:
+        options.parse({key: text})
+    assert str(refused.value) == f"option {key}={text}: give {words}"
