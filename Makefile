@@ -60,8 +60,7 @@ bench:
 	@exec $(AS_ROOT) $(BIN)/python -m tests.bench
 
 mutate: venv
-	$(BIN)/mutmut run
-	$(BIN)/mutmut results
+	@exec $(BIN)/python tests/mutate.py
 
 # uv resolves for every supported Python and machine at once; pip does not.
 lock: venv

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from ipaddress import IPv4Address
 
+import structlog
+
 from cnmdriver.driver.site import Site
 from cnmdriver.errors import Conflict, DriverError, Exhausted
 from cnmdriver.model import Endpoint, IPAddress, PortRequest, Published
@@ -22,6 +24,8 @@ EPHEMERAL = range(49153, 65536)
 """Host ports pynet chooses from: IANA's dynamic ports, as Docker's own drivers do."""
 TRIES = 128
 """Host ports that are tried before a free one is given up."""
+
+log = structlog.get_logger()
 
 
 class Publisher:
@@ -125,6 +129,12 @@ class Publisher:
         async with self.lock:
             await self.site.state.remove(lambda draft: draft.put(key, after))
             await self.site.clear(self.gone(before, after))
+            old = self.site.endpoint_plan(before)
+            new = self.site.endpoint_plan(after)
+            try:
+                await self.site.dataplane.apply(tuple(o for o in new if o not in old))
+            except DriverError as error:
+                log.warning("kernel.not_changed", error=str(error))
 
     def gone(self, before: Endpoint, after: Endpoint) -> Plan:
         """Return what only the earlier state of an endpoint wanted."""

@@ -40,7 +40,8 @@ KINDS: dict[str, tuple[tuple[str | None, ...], dict[str, Any]]] = {
     "small": (("10.6.0.0/24",), {"options": {"pynet.mtu": "576"}}),
     "bridge": (("10.7.0.0/24",), {"options": {"pynet.bridge": "my.bridge"}}),
 }
-BOXES = tuple(f"box{number}" * 16 for number in range(5))
+MOST = 5
+"""Containers at a time."""
 PORTS = (
     port(80, 8080),
     port(80, 8081, ip="127.0.0.1"),
@@ -107,8 +108,7 @@ class Walk:
     def where(self, box: str) -> str:
         """Make the sandbox of a container that starts."""
         if box not in self.sandboxes:
-            self.made += 1
-            path = self.directory / f"sandbox{self.made}"
+            path = self.directory / f"sandbox-{box}"
             self.sandboxes[box] = Sandbox(path)
         return str(self.sandboxes[box].path)
 
@@ -150,9 +150,9 @@ class Walk:
             await self.refusable(self.docker.remove(self.random.choice(sorted(free))))
 
     async def start_container(self) -> None:
-        box = self.random.choice(BOXES)
-        if not self.nets or box in self.boxes:
+        if not self.nets or len(self.boxes) >= MOST:
             return
+        box = self.new_id()
         name = self.random.choice(sorted(self.nets))
         ports = tuple(self.random.sample(PORTS, self.random.randrange(3)))
         if await self.refusable(self.docker.start(box, name, ports=ports)):
@@ -160,6 +160,11 @@ class Walk:
             self.intact.add(box)
         else:
             self.end_sandbox(box)
+
+    def new_id(self) -> str:
+        """Return an id that Docker has not used before."""
+        self.made += 1
+        return f"endpoint{self.made}" * 4
 
     async def stop_container(self) -> None:
         """Stop a container; its namespace goes after its endpoint, or before."""
@@ -191,7 +196,7 @@ class Walk:
 
     async def single_call(self) -> None:
         """A call in its place or out of it, for one that is there or not."""
-        box = self.random.choice(BOXES)
+        box = self.random.choice([*sorted(self.boxes), self.new_id()])
         known = self.boxes.get(box)
         name = known.net.id if known else self.random.choice(sorted(KINDS))
         ports = tuple(self.random.sample(PORTS, self.random.randrange(3)))
@@ -232,8 +237,7 @@ class Walk:
         changes = [*self.changes_of_devices(), *self.changes_of_rules()]
         words = self.random.choice(changes)
         if words[:3] == ("ip", "link", "del"):
-            ends = {devices.port(b): b for b in BOXES}
-            ends |= {devices.peer(b): b for b in BOXES}
+            ends = {devices.port(box): box for box in self.boxes}
             self.intact.discard(ends.get(words[3], ""))
         run(*words, check=False)
         await self.audit()

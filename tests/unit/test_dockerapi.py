@@ -276,7 +276,7 @@ async def test_silence(docker, api, short, path):
     """A Docker that does not answer is given up when its time is over."""
     docker.answers[path] = None
     started = time.monotonic()
-    with pytest.raises(StoreError, match="does not answer: .*Timeout"):
+    with pytest.raises(StoreError, match=r"does not answer: .*Timeout"):
         await api.inventory("pynet")
     assert 0.1 < time.monotonic() - started < 5
 
@@ -355,7 +355,7 @@ async def test_silent_events(docker, api, short):
 
     docker.stream = silent
     started = time.monotonic()
-    with pytest.raises(StoreError, match="does not answer: .*Timeout"):
+    with pytest.raises(StoreError, match=r"does not answer: .*Timeout"):
         await anext(api.events())
     assert 0.1 < time.monotonic() - started < 5
 

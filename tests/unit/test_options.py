@@ -93,8 +93,13 @@ def test_unknown_option(key):
 
 def test_contradiction():
     """Two spellings of one option must agree; the text has both."""
+    said = {
+        "com.docker.network.bridge.name": "lab0",
+        "com.docker.network.driver.mtu": "1400",
+        "pynet.mtu": "1300",
+    }
     with pytest.raises(InvalidParameter) as refused:
-        options.parse({"com.docker.network.driver.mtu": "1400", "pynet.mtu": "1300"})
+        options.parse(said)
     assert str(refused.value) == (
         "option pynet.mtu=1300 contradicts com.docker.network.driver.mtu=1400"
     )
@@ -257,3 +262,13 @@ def test_choice(key, text, words):
     with pytest.raises(InvalidParameter) as refused:
         options.parse({key: text})
     assert str(refused.value) == f"option {key}={text}: give {words}"
+
+
+def test_choice_of_words():
+    """A reader of words returns the word, and names them all when it is another."""
+    read = options.choice("red", "green")
+    assert read("k", "red") == "red"
+    assert read("k", "green") == "green"
+    with pytest.raises(InvalidParameter) as refused:
+        read("k", "blue")
+    assert str(refused.value) == "option k=blue: give red or green"
