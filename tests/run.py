@@ -21,6 +21,7 @@ from xml.etree import ElementTree as ET
 TESTS = Path(__file__).parent
 LIMIT = 1800
 """Seconds for one suite."""
+WORKERS = 3
 NO_TESTS = 5
 """pytest's exit code when there was nothing to run."""
 
@@ -75,7 +76,9 @@ def suites(quick: Sequence[str]) -> Iterator[Suite]:
 def as_root(*arguments: str) -> tuple[str, ...]:
     """Return the command that runs pytest as root, for a limited time."""
     limit = ("timeout", "--foreground", "--signal=INT", "--kill-after=60", str(LIMIT))
-    pytest = (sys.executable, "-m", "pytest", *arguments)
+    # Most of these tests wait for others; each worker has labs of its own.
+    parallel = ("-n", str(WORKERS), "--dist", "worksteal", "--durations", "5")
+    pytest = (sys.executable, "-m", "pytest", *parallel, *arguments)
     if os.geteuid() == 0:
         return (*limit, *pytest)
     # Root's files must not lie about in another user's directory.

@@ -284,7 +284,7 @@ class Container(Place):
     def pings(self, target: str) -> bool:
         """Tell whether an address answers a ping; every second is tried once."""
         # The machine's ping would resolve names as the machine does.
-        done = self.net("busybox", "ping", "-c1", "-W1", target, check=False)
+        done = self.net("busybox", "ping", "-c1", "-W2", target, check=False)
         return done.returncode == 0
 
     def pings_name(self, name: str) -> bool:
