@@ -43,6 +43,8 @@ from cnmdriver.store.local import LocalDatabase
 from cnmdriver.store.sqlite import SqliteStore
 from cnmdriver.store.state import State
 
+NAME = "\0pynet"
+"""The abstract socket that the one daemon of a network namespace holds."""
 BUSY = 2
 """Exit code for settings that cannot work, and for a second daemon."""
 
@@ -222,7 +224,7 @@ def only_one() -> Iterator[None]:
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as holder:
         try:
-            holder.bind("\0pynet")
+            holder.bind(NAME)
         except OSError:
             raise InvalidParameter(
                 f"pynet is running here already (pid {owner()}); stop it first"
@@ -236,7 +238,7 @@ def owner() -> str:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asking:
         asking.settimeout(1)
         with contextlib.suppress(OSError):
-            asking.connect("\0pynet")
+            asking.connect(NAME)
             credentials = asking.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
             return str(int.from_bytes(credentials[:4], sys.byteorder))
     return "unknown"
@@ -279,9 +281,11 @@ def clear_stale(path: Path) -> None:
         asking.settimeout(1)
         try:
             asking.connect(str(path))
-        except OSError:
+        except (ConnectionRefusedError, FileNotFoundError):
             path.unlink(missing_ok=True)
             return
+        except OSError:
+            log.debug("daemon.socket_busy", path=str(path))
     raise InvalidParameter(f"another program listens on {path}; stop it first")
 
 

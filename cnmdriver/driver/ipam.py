@@ -273,7 +273,9 @@ class IpamDriver:
         if pool is not None:
             key = records.member(pool.network, self.site.host.id)
             member = draft.get(Member, key)
-            if member is not None and pool_id in member.claims:
+            # A created network has its pools, whoever gave the claim back: of two
+            # creates at once both claim, and the one that failed releases.
+            if member and (member.docker_id or pool_id in member.claims):
                 return pool
         raise NotFound(
             f"pool {pool_id} is not in use on this host; remove its network with "

@@ -63,9 +63,10 @@ class Publisher:
         self, before: Endpoint, endpoint: Endpoint, wish: PortRequest
     ) -> Published:
         """Find a host port for a wish and hold it; one it had already is kept."""
-        kept = next((p for p in before.published if fits(p, wish)), None)
-        if kept is not None and kept not in endpoint.published:
-            return kept
+        for kept in before.published:
+            used = any(clashing(kept, port) for port in endpoint.published)
+            if fits(kept, wish) and not used:
+                return kept
         refused: Conflict | None = None
         for number in candidates(wish):
             port = Published(

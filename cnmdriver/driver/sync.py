@@ -32,7 +32,7 @@ from cnmdriver.store import records
 from cnmdriver.store.view import Draft
 
 SETTLE = 0.2
-"""Seconds to wait for more of Docker's events before its lists are read."""
+"""Seconds to wait for more of Docker's events, or for its calls to end."""
 PAUSE = 2.0
 """Seconds before Docker is tried again when it did not answer."""
 
@@ -73,6 +73,8 @@ class Sync:
         self.docker = docker
         self.audit = audit
         self.dirty = asyncio.Event()
+        self.settle = 0.0
+        """Seconds to look again after a difference; none before Docker can call."""
         self.lapsing = Patience(grace)
         self.missing = Patience(grace)
         self.inventory: Inventory | None = None
@@ -85,6 +87,7 @@ class Sync:
 
     async def run(self) -> None:
         """Compare whenever woken, and at every audit, until cancelled."""
+        self.settle = SETTLE
         while True:
             try:
                 async with asyncio.timeout(self.audit):
@@ -106,10 +109,11 @@ class Sync:
 
     async def repair(self) -> None:
         """Make the kernel equal to the plans."""
-        found = await self.site.dataplane.found(self.site.desired())
-        # Looked at only now: a record is written before the kernel hears of it, so
-        # whatever was found has its record by this time, or is to go.
-        difference = ops.compare(self.site.desired(), found)
+        difference = await self.look()
+        if difference and self.settle:
+            # A call of Docker may be half way between the records and the kernel.
+            await asyncio.sleep(self.settle)
+            difference = await self.look()
         problems = await self.mend(difference)
         surplus, self.orphans = removable(
             difference.surplus, self.known_endpoints(), shared=await self.shared()
@@ -121,6 +125,13 @@ class Sync:
             except DriverError as error:
                 problems.append(str(error))
         self.problems = tuple(problems)
+
+    async def look(self) -> ops.Difference:
+        """Compare the kernel with the plans."""
+        found = await self.site.dataplane.found(self.site.desired())
+        # Asked for only now: a record is written before the kernel hears of it, so
+        # whatever was found has its record by this time, or is to go.
+        return ops.compare(self.site.desired(), found)
 
     def still_wanted(self, plan: Plan) -> Plan:
         """Return what is in a plan by now, as it is wanted now."""

@@ -59,6 +59,9 @@ class State:
         self.behind = True
         """Whether the outbox may hold what is not in the store yet."""
         self.replaying = asyncio.Lock()
+        self.unsaved: list[Change] = []
+        """What not even the outbox took; oldest first."""
+        self.saving = asyncio.Lock()
 
     async def open(self) -> None:
         """Read everything, and make the cluster's record if the store is empty."""
@@ -144,27 +147,44 @@ class State:
             log.warning(
                 "store.deferred", keys=sorted(change.written()), error=str(error)
             )
-            # Nothing may stop a removal: at worst the next audit does it again.
-            with contextlib.suppress(StoreError):
-                await self.local.remember(change)
-            self.behind = True
-            for key in change.written():
-                self.view.write(key, change.puts.get(key), self.view.seen(key) + 1)
+            if change:
+                await self.defer(change)
             return result
+
+    async def defer(self, change: Change) -> None:
+        """Take a change into the view, and write it when the store is back."""
+        self.behind = True
+        for key in change.written():
+            seen = self.view.written.get(key, 0)
+            self.view.write(key, change.puts.get(key), seen + 1)
+        self.unsaved.append(change)
+        # Nothing may stop a removal, not even a full disk.
+        with contextlib.suppress(StoreError):
+            await self.save()
+
+    async def save(self) -> None:
+        """Write into the outbox what could not be written there before."""
+        async with self.saving:
+            while self.unsaved:
+                await self.local.remember(self.unsaved[0])
+                del self.unsaved[0]
 
     async def replay(self) -> None:
         """Write what the outbox holds, oldest first."""
         async with self.replaying:
+            await self.save()
             while entries := await self.local.pending():
                 for number, change in entries:
                     self.take(change, await self.store.commit(change))
                     await self.local.done(number)
-            self.behind = False
+            # A removal may have been deferred since the last look.
+            self.behind = bool(self.unsaved)
 
     async def follow(self) -> None:
-        """Keep the view true until cancelled: watch, and read anew at intervals."""
+        """Keep the view true until cancelled: read everything, watch, and again."""
         while True:
             try:
+                await self.catch_up()
                 async with asyncio.timeout(RELIST):
                     await self.watch()
             except TimeoutError:
@@ -174,27 +194,21 @@ class State:
             except StoreError as error:
                 self.note(str(error))
                 await asyncio.sleep(PAUSE)
-            await self.catch_up()
 
     async def watch(self) -> None:
         """Take in what others write, until the watch ends."""
-        async for events in self.store.watch("", self.view.revision + 1):
+        async for events in self.store.watch("", self.view.listed + 1):
             fresh = [e for e in events if self.view.write(e.key, e.value, e.revision)]
             if fresh:
                 self.changed()
 
     async def catch_up(self) -> None:
-        """Replay the outbox and read everything, if the store is there."""
-        try:
-            await self.replay()
-            news = await self.relist()
-        except StoreError as error:
-            self.note(str(error))
-            await asyncio.sleep(PAUSE)
-        else:
-            self.note(None)
-            if news:
-                self.changed()
+        """Replay the outbox and read everything; raises StoreError."""
+        await self.replay()
+        news = await self.relist()
+        self.note(None)
+        if news:
+            self.changed()
 
     def note(self, reason: str | None) -> None:
         """Remember, and log once, that the store went away or came back."""

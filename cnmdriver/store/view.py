@@ -31,6 +31,8 @@ class View:
     def __init__(self) -> None:
         """Know nothing yet."""
         self.revision = 0
+        self.listed = 0
+        """The last whole listing's revision: own writes may be ahead of others'."""
         self.groups: dict[str, dict[str, Known]] = {}
         self.written: dict[str, int] = {}
         self.malformed: dict[str, str] = {}
@@ -93,6 +95,7 @@ class View:
         for key, item in listed.items():
             news |= self.write(key, item.value, item.revision)
         self.revision = max(self.revision, revision)
+        self.listed = max(self.listed, revision)
         # Deleted keys need no memory once a listing at a later revision lacks them.
         self.written = {
             k: r for k, r in self.written.items() if k in listed or r > revision

@@ -36,7 +36,7 @@ pytestmark = [
     pytest.mark.root,
     pytest.mark.dockerd,
     pytest.mark.slow,
-    pytest.mark.timeout(60),
+    pytest.mark.timeout(120),
 ]
 
 GRACE = 2

@@ -135,7 +135,7 @@ class Case:
             code = 1
             try:
                 asyncio.run(self.lives())
-            except BaseException:
+            except BaseException:  # noqa: BLE001
                 traceback.print_exc()
             finally:
                 os._exit(code)
@@ -196,7 +196,7 @@ def told(case: Case, file: Path) -> int:
         return child
     try:
         report = {"problem": "", **case.run()}
-    except BaseException:
+    except BaseException:  # noqa: BLE001
         report = {"problem": traceback.format_exc()}
     last = case.directory / "last"
     report["cut"] = last.read_text() if last.exists() else ""

@@ -113,7 +113,8 @@ class Sandbox:
         return "eth0" in self.space.run("ip", "-o", "link")
 
     def remove(self) -> None:
-        """Let go of it; the kernel then removes it with its devices."""
+        """Let go of it, with its device, which the kernel would only remove later."""
+        self.space.run("ip", "link", "del", "eth0", check=False)
         with suppress(FileNotFoundError):
             self.path.unlink()
         self.stack.close()

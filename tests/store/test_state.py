@@ -1,0 +1,651 @@
+"""The state: races, the outbox while the store is away, and following others."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from ipaddress import ip_address, ip_network
+
+import pytest
+import structlog
+
+from cnmdriver.errors import Conflict, StoreError
+from cnmdriver.model import Cluster, Host, Member, Network, Reservation
+from cnmdriver.store import records, state
+from cnmdriver.store.base import Change, Event, Item, Lease, Listing, RaceLostError
+from cnmdriver.store.local import LocalDatabase
+from cnmdriver.store.sqlite import SqliteStore
+from cnmdriver.store.state import State
+from cnmdriver.store.view import Draft
+
+NET = ip_network("10.1.0.0/24")
+IP = ip_address("10.1.0.2")
+ADDRESS = records.address("s", NET, IP)
+RESERVED = Reservation(space="s", cidr=NET, ip=IP, host="h")
+MEMBER = Member(network="n", host="h", claims=("one",))
+
+
+class Moody:
+    """An embedded store that the test takes away, or makes lose."""
+
+    def __init__(self, store: SqliteStore) -> None:
+        """Stand before a store."""
+        self.store = store
+        self.away = False
+        self.losing = 0
+        self.commits: list[Change] = []
+        self.starts: list[int] = []
+        self.broken: StoreError | None = None
+
+    def check(self) -> None:
+        """Fail if the test wants it."""
+        if self.away:
+            raise StoreError("the store is away")
+
+    async def open(self) -> None:
+        await self.store.open()
+
+    async def close(self) -> None:
+        await self.store.close()
+
+    async def read(self, prefix: str) -> Listing:
+        self.check()
+        return await self.store.read(prefix)
+
+    async def commit(self, change: Change, lease: Lease | None = None) -> int:
+        self.check()
+        if self.losing:
+            self.losing -= 1
+            raise RaceLostError({}, 0)
+        revision = await self.store.commit(change, lease)
+        self.commits.append(change)
+        return revision
+
+    async def watch(self, prefix: str, start: int) -> AsyncIterator[tuple[Event, ...]]:
+        self.check()
+        self.starts.append(start)
+        if self.broken is not None:
+            error, self.broken = self.broken, None
+            raise error
+        async for events in self.store.watch(prefix, start):
+            self.check()
+            yield events
+
+    async def lease(self, ttl: float) -> Lease:
+        return await self.store.lease(ttl)
+
+
+@dataclass
+class Seat:
+    """One host's state, with its doors."""
+
+    state: State
+    store: Moody
+    local: LocalDatabase
+    wakes: list[None] = field(default_factory=list)
+    steps: list[str] = field(default_factory=list)
+
+    async def items(self) -> dict[str, Item]:
+        """Read what is in the store, whatever the host can see of it."""
+        return dict((await self.store.store.read("")).items)
+
+    async def keys(self) -> list[str]:
+        """Read the keys in the store but the cluster's."""
+        return [k for k in await self.items() if k != records.CLUSTER]
+
+
+@asynccontextmanager
+async def seat(directory, store: SqliteStore, name: str) -> AsyncIterator[Seat]:
+    """Open one host's state over a store."""
+    local = LocalDatabase(directory / f"{name}.db")
+    await local.open()
+    wakes: list[None] = []
+    steps: list[str] = []
+
+    async def step(name: str) -> None:
+        steps.append(name)
+
+    moody = Moody(store)
+    opened = State(moody, local, step, lambda: wakes.append(None))
+    try:
+        await opened.open()
+        yield Seat(opened, moody, local, wakes, steps)
+    finally:
+        await local.close()
+
+
+@pytest.fixture
+async def store(tmp_path):
+    """Open an embedded store."""
+    opened = SqliteStore(tmp_path / "store.db")
+    await opened.open()
+    yield opened
+    await opened.close()
+
+
+@pytest.fixture
+async def one(tmp_path, store):
+    """Open the first host's state."""
+    async with seat(tmp_path, store, "one") as opened:
+        yield opened
+
+
+@pytest.fixture
+async def two(tmp_path, store, one):
+    """Open a second host's state over the same store."""
+    async with seat(tmp_path, store, "two") as opened:
+        yield opened
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Let little time pass before the store is tried again."""
+    monkeypatch.setattr(state, "PAUSE", 0.01)
+
+
+@asynccontextmanager
+async def following(*seats: Seat) -> AsyncIterator[None]:
+    """Follow the store meanwhile."""
+    tasks = [asyncio.create_task(s.state.follow()) for s in seats]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        assert all(task.cancelled() for task in tasks)
+
+
+async def until(condition) -> None:
+    """Wait for something that others bring about."""
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def putting(key: str, record: object):
+    """Return a decision that puts one record."""
+
+    def decide(draft: Draft) -> None:
+        draft.put(key, record)
+
+    return decide
+
+
+def deleting(*keys: str):
+    """Return a decision that deletes keys."""
+
+    def decide(draft: Draft) -> None:
+        for key in keys:
+            draft.delete(key)
+
+    return decide
+
+
+def host(name: str, version: str = "1") -> Host:
+    """Make a record."""
+    return Host(id=name, name=name, version=version)
+
+
+# Opening and committing.
+
+
+async def test_opening_makes_the_cluster(one, two):
+    """The first to open an empty store gives it an id; all others find it."""
+    found = one.state.view.get(Cluster, "cluster")
+    assert found is not None
+    assert found.schema == records.SCHEMA
+    assert two.state.view.get(Cluster, "cluster") == found
+    assert two.store.commits == []
+
+
+async def test_a_commit_is_seen_at_once(one):
+    """What was committed is in the store and in the view, and steps were announced."""
+    one.steps.clear()
+    assert await one.state.commit(putting("hosts/h", host("h"))) is None
+    assert one.state.view.get(Host, "hosts/h") == host("h")
+    assert await one.keys() == ["hosts/h"]
+    assert one.steps == ["commit.before", "commit.after"]
+
+
+async def test_a_decision_returns_what_it_found(one):
+    """The caller gets what the decision returned; one that writes nothing is free."""
+    before = len(one.store.commits)
+    found = await one.state.commit(lambda draft: draft.get(Host, "hosts/none"))
+    assert found is None
+    assert await one.state.commit(lambda draft: 42) == 42
+    assert len(one.store.commits) == before
+
+
+async def test_a_decision_may_refuse(one):
+    """What a decision raises reaches the caller, and nothing is written."""
+
+    def decide(draft: Draft) -> None:
+        draft.put("hosts/h", host("h"))
+        raise Conflict("no")
+
+    with pytest.raises(Conflict, match="^no$"):
+        await one.state.commit(decide)
+    assert await one.keys() == []
+    assert one.state.view.get(Host, "hosts/h") is None
+
+
+async def test_the_store_is_away(one):
+    """A commit without the store fails, and the view stays as it was."""
+    one.store.away = True
+    with pytest.raises(StoreError, match="away"):
+        await one.state.commit(putting("hosts/h", host("h")))
+    assert one.state.view.get(Host, "hosts/h") is None
+
+
+# Races.
+
+
+async def test_a_lost_race_is_decided_again(one, two):
+    """Who was slower decides again, on what the other wrote."""
+    await one.state.commit(putting("hosts/h", host("h", "one")))
+    seen = []
+
+    def decide(draft: Draft) -> str:
+        found = draft.get(Host, "hosts/h")
+        seen.append(found and found.version)
+        draft.put("hosts/h", host("h", "two"))
+        return str(found and found.version)
+
+    assert await two.state.commit(decide) == "one"
+    assert seen == [None, "one"]
+    assert two.state.view.get(Host, "hosts/h") == host("h", "two")
+
+
+async def test_a_race_lost_to_a_deletion(one, two):
+    """A record that another deleted is absent when it is decided again."""
+    await one.state.commit(putting("hosts/h", host("h")))
+    await two.state.relist()
+    await one.state.commit(deleting("hosts/h"))
+    found = []
+
+    def decide(draft: Draft) -> None:
+        found.append(draft.get(Host, "hosts/h"))
+        draft.put("hosts/i", host("i"))
+
+    await two.state.commit(decide)
+    assert found == [host("h"), None]
+    assert await two.keys() == ["hosts/i"]
+
+
+async def test_a_race_brings_only_what_was_looked_at(one, two):
+    """A loss tells of the keys the decision saw; the others come by the watch."""
+    await one.state.commit(putting("hosts/a", host("a")))
+    await one.state.commit(putting("hosts/b", host("b")))
+
+    def decide(draft: Draft) -> None:
+        draft.get(Host, "hosts/a")
+        draft.put("hosts/c", host("c"))
+
+    await two.state.commit(decide)
+    assert two.state.view.get(Host, "hosts/a") == host("a")
+    assert two.state.view.get(Host, "hosts/b") is None
+
+
+async def test_the_second_decides_otherwise(one, two):
+    """Of two who want the same, the second sees the first and refuses."""
+
+    def decide(draft: Draft) -> None:
+        if draft.get(Reservation, ADDRESS) is not None:
+            raise Conflict("taken")
+        draft.put(ADDRESS, RESERVED)
+
+    outcomes = await asyncio.gather(
+        one.state.commit(decide), two.state.commit(decide), return_exceptions=True
+    )
+    assert sorted(map(repr, outcomes)) == ["Conflict('taken')", "None"]
+
+
+async def test_counting_loses_nothing(one, two):
+    """Many who count in one record count to their number."""
+
+    def add(draft: Draft) -> None:
+        found = draft.get(Host, "hosts/n") or host("n", "0")
+        draft.put("hosts/n", replace(found, version=str(int(found.version) + 1)))
+
+    await asyncio.gather(*(s.state.commit(add) for s in (one, two) * 10))
+    await one.state.relist()
+    assert one.state.view.get(Host, "hosts/n") == host("n", "20")
+
+
+@pytest.mark.parametrize("losses", [1, 49])
+async def test_losing_is_not_the_end(one, losses):
+    """A decision may lose forty-nine times and still be written."""
+    one.store.losing = losses
+    await one.state.commit(putting("hosts/h", host("h")))
+    assert await one.keys() == ["hosts/h"]
+
+
+async def test_losing_for_ever(one):
+    """After fifty losses the caller is told, and nothing was written."""
+    one.store.losing = 1000
+    with pytest.raises(StoreError, match="^lost 50 races for the same record"):
+        await one.state.commit(putting("hosts/h", host("h")))
+    assert one.store.losing == 950
+    assert await one.keys() == []
+
+
+async def test_a_cancel_counts_when_the_write_ended(one):
+    """Who is cancelled while writing finds in the view what was written."""
+    begun, go = asyncio.Event(), asyncio.Event()
+    commit = one.store.commit
+
+    async def slow(change: Change, lease: Lease | None = None) -> int:
+        begun.set()
+        await go.wait()
+        return await commit(change, lease)
+
+    one.store.commit = slow
+    task = asyncio.create_task(one.state.commit(putting("hosts/h", host("h"))))
+    await begun.wait()
+    task.cancel()
+    await asyncio.sleep(0)
+    assert not task.done()
+    go.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert one.state.view.get(Host, "hosts/h") == host("h")
+    assert await one.keys() == ["hosts/h"]
+
+
+# Removing, with and without the store.
+
+
+async def test_removing_with_the_store(one):
+    """A removal with the store there is a commit; the outbox stays empty."""
+    await one.state.commit(putting(ADDRESS, RESERVED))
+    await one.state.remove(deleting(ADDRESS))
+    assert await one.keys() == []
+    assert await one.local.pending() == []
+    assert not one.state.behind
+
+
+async def test_removing_without_the_store(one):
+    """A removal succeeds without the store: the view has it, and the outbox."""
+    await one.state.commit(putting(ADDRESS, RESERVED))
+    one.store.away = True
+    assert await one.state.remove(lambda d: (d.delete(ADDRESS), "done")[1]) == "done"
+    assert one.state.view.get(Reservation, ADDRESS) is None
+    assert [change for _, change in await one.local.pending()] == [
+        Change(deletes=frozenset({ADDRESS}))
+    ]
+    assert await one.keys() == [ADDRESS]
+
+
+async def test_only_own_records_are_deferred(one):
+    """What hosts share is not written behind their backs; own records are."""
+    network = Network(id="n", mode="bridge", subnets=(), mtu=1500)
+    await one.state.commit(putting("networks/n", network))
+    await one.state.commit(putting("members/n/h", MEMBER))
+    one.store.away = True
+
+    def decide(draft: Draft) -> None:
+        draft.delete("networks/n")
+        draft.delete("pools/s/10.1.0.0/24")
+        draft.delete("endpoints/n/e")
+        draft.put("spaces/s", records.Space(claims=1))
+        draft.put("members/n/h", replace(MEMBER, claims=()))
+
+    await one.state.remove(decide)
+    assert [change for _, change in await one.local.pending()] == [
+        Change(
+            puts={"members/n/h": records.encode(replace(MEMBER, claims=()))},
+            deletes=frozenset({"endpoints/n/e"}),
+        )
+    ]
+    assert one.state.view.get(Network, "networks/n") == network
+    assert one.state.view.get(Member, "members/n/h") == replace(MEMBER, claims=())
+
+
+async def test_nothing_of_its_own_to_defer(one):
+    """A removal that changes only what hosts share leaves nothing in the outbox."""
+    one.store.away = True
+    await one.state.remove(deleting("networks/n"))
+    assert await one.local.pending() == []
+
+
+async def test_a_removal_may_be_refused(one):
+    """What a decision raises for another reason reaches the caller of a removal."""
+
+    def decide(draft: Draft) -> None:
+        raise Conflict("no")
+
+    with pytest.raises(Conflict):
+        await one.state.remove(decide)
+
+
+async def test_the_outbox_is_replayed_in_order(one):
+    """The next commit first writes what was deferred, oldest first."""
+    await one.state.commit(putting("members/n/h", MEMBER))
+    await one.state.commit(putting(ADDRESS, RESERVED))
+    one.store.away = True
+    for claims in (("two",), ("three",)):
+        wanted = replace(MEMBER, claims=claims)
+        await one.state.remove(putting("members/n/h", wanted))
+    await one.state.remove(deleting(ADDRESS))
+    one.store.away = False
+    one.store.commits.clear()
+    await one.state.commit(putting("hosts/h", host("h")))
+    assert [sorted(c.written()) for c in one.store.commits] == [
+        ["members/n/h"],
+        ["members/n/h"],
+        [ADDRESS],
+        ["hosts/h"],
+    ]
+    assert await one.local.pending() == []
+    assert sorted(await one.keys()) == ["hosts/h", "members/n/h"]
+    found = one.state.view.get(Member, "members/n/h")
+    assert found == replace(MEMBER, claims=("three",))
+    await one.state.relist()
+    assert one.state.view.get(Member, "members/n/h") == found
+
+
+async def test_a_replay_that_breaks_off(one):
+    """What was not yet written when the store went again stays in the outbox."""
+    one.store.away = True
+    for name in ("a", "b", "c"):
+        await one.state.remove(putting(f"members/n/{name}", MEMBER))
+    one.store.away = False
+    commit = one.store.commit
+
+    async def once(change: Change, lease: Lease | None = None) -> int:
+        revision = await commit(change, lease)
+        one.store.away = True
+        return revision
+
+    one.store.commit = once
+    with pytest.raises(StoreError):
+        await one.state.replay()
+    assert one.state.behind
+    assert [sorted(c.written()) for _, c in await one.local.pending()] == [
+        ["members/n/b"],
+        ["members/n/c"],
+    ]
+
+
+async def test_the_outbox_outlives_the_process(tmp_path, store):
+    """What was deferred before the end is written when the state is opened again."""
+    async with seat(tmp_path, store, "one") as one:
+        await one.state.commit(putting(ADDRESS, RESERVED))
+        one.store.away = True
+        await one.state.remove(deleting(ADDRESS))
+    async with seat(tmp_path, store, "one") as one:
+        assert await one.keys() == []
+        assert one.state.view.get(Reservation, ADDRESS) is None
+        assert await one.local.pending() == []
+
+
+async def test_a_deferred_deletion_and_a_new_record(one):
+    """What is deleted and put again while the store is away shows in the view."""
+    await one.state.commit(putting("members/n/h", MEMBER))
+    one.store.away = True
+    await one.state.remove(deleting("members/n/h"))
+    wanted = replace(MEMBER, claims=("new",))
+    await one.state.remove(putting("members/n/h", wanted))
+    assert one.state.view.get(Member, "members/n/h") == wanted
+    one.store.away = False
+    await one.state.commit(putting("hosts/h", host("h")))
+    await one.state.relist()
+    assert one.state.view.get(Member, "members/n/h") == wanted
+
+
+async def test_an_old_listing_does_not_undo_a_removal(one):
+    """A listing from before the replay does not bring back what was removed."""
+    await one.state.commit(putting(ADDRESS, RESERVED))
+    listing = await one.store.read("")
+    one.store.away = True
+    await one.state.remove(deleting(ADDRESS))
+    one.state.view.replace(listing.items.items(), listing.revision)
+    assert one.state.view.get(Reservation, ADDRESS) is None
+
+
+async def test_neither_store_nor_disk(one):
+    """A removal succeeds even if the outbox cannot be written, and is made later."""
+    await one.state.commit(putting(ADDRESS, RESERVED))
+    remember = one.local.remember
+
+    async def full(change: Change) -> int:
+        raise StoreError("the disk is full")
+
+    one.store.away = True
+    one.local.remember = full
+    await one.state.remove(deleting(ADDRESS))
+    assert one.state.view.get(Reservation, ADDRESS) is None
+    one.store.away = False
+    one.local.remember = remember
+    await one.state.commit(putting(ADDRESS, replace(RESERVED, name="next")))
+    found = one.state.view.get(Reservation, ADDRESS)
+    assert found == replace(RESERVED, name="next")
+    assert await one.keys() == [ADDRESS]
+    assert await one.local.pending() == []
+
+
+async def test_a_deferred_removal_is_logged(one):
+    """A removal that had to wait is told once, with its keys and why."""
+    one.store.away = True
+    with structlog.testing.capture_logs() as logs:
+        await one.state.remove(deleting(ADDRESS))
+    assert logs == [
+        {
+            "event": "store.deferred",
+            "log_level": "warning",
+            "keys": [ADDRESS],
+            "error": "the store is away",
+        }
+    ]
+
+
+# Following.
+
+
+async def test_others_are_followed(one, two):
+    """What another host writes comes by the watch, and wakes; own writes do not."""
+    async with following(one, two):
+        await until(lambda: one.store.starts and two.store.starts)
+        await asyncio.sleep(0.05)
+        await one.state.commit(putting("hosts/h", host("h")))
+        await until(lambda: two.state.view.get(Host, "hosts/h") == host("h"))
+        await until(lambda: two.wakes)
+        await asyncio.sleep(0.05)
+        assert one.wakes == []
+
+
+async def test_nothing_is_missed_between_listing_and_watch(one, two):
+    """What others wrote before an own write comes too, as the watch begins before it."""
+    await one.state.relist()
+    listed = one.state.view.listed
+    await two.state.commit(putting("hosts/c", host("c")))
+    await one.state.commit(putting("hosts/d", host("d")))
+    watching = asyncio.create_task(one.state.watch())
+    await until(lambda: one.state.view.get(Host, "hosts/c") == host("c"))
+    assert one.store.starts == [listed + 1]
+    watching.cancel()
+    await asyncio.wait([watching])
+
+
+async def test_a_lost_watch(one, two, quick):
+    """When the watch is lost, everything is read anew, and watched again."""
+    one.store.broken = StoreError("connection lost")
+    await two.state.commit(putting("hosts/h", host("h")))
+    with structlog.testing.capture_logs() as logs:
+        async with following(one):
+            await until(lambda: len(one.store.starts) == 2)
+            assert one.state.view.get(Host, "hosts/h") == host("h")
+            assert one.state.away is None
+            assert one.wakes == [None]
+            await two.state.commit(putting("hosts/i", host("i")))
+            await until(lambda: one.state.view.get(Host, "hosts/i"))
+    assert [entry["event"] for entry in logs] == ["store.away", "store.back"]
+
+
+async def test_compacted_history(one, two, quick):
+    """A watch whose start the store has forgotten begins anew after a whole reading."""
+    read, store = one.store.read, one.store.store
+
+    async def overtaken(prefix: str) -> Listing:
+        """Answer what is forgotten before the watch begins."""
+        listing = await read(prefix)
+        one.store.read = read
+        await two.state.commit(putting("hosts/h", host("h")))
+        newest = (await read("")).revision
+        await store.call("write", lambda: store._compact(newest))
+        return listing
+
+    one.store.read = overtaken
+    with structlog.testing.capture_logs() as logs:
+        async with following(one):
+            await until(lambda: len(one.store.starts) == 2)
+            assert one.state.view.get(Host, "hosts/h") == host("h")
+    assert [entry["event"] for entry in logs] == ["store.compacted"]
+    assert one.store.starts[1] > one.store.starts[0]
+
+
+async def test_the_store_comes_back(one, quick):
+    """While the store is away it is tried on; when it is back, the outbox is written."""
+    await one.state.commit(putting(ADDRESS, RESERVED))
+    one.store.away = True
+    await one.state.remove(deleting(ADDRESS))
+    with structlog.testing.capture_logs() as logs:
+        async with following(one):
+            await until(lambda: one.state.away == "the store is away")
+            await asyncio.sleep(0.1)
+            one.store.away = False
+            await until(lambda: one.state.away is None)
+            assert await one.keys() == []
+            assert not one.state.behind
+    assert [entry["event"] for entry in logs] == ["store.away", "store.back"]
+
+
+async def test_reading_anew_at_intervals(one, two, quick, monkeypatch):
+    """A watch that tells nothing is not believed: everything is read at intervals."""
+    monkeypatch.setattr(state, "RELIST", 0.05)
+
+    async def silent(prefix: str, start: int) -> AsyncIterator[tuple[Event, ...]]:
+        await asyncio.sleep(60)
+        yield ()
+
+    one.store.watch = silent
+    async with following(one):
+        await two.state.commit(putting("hosts/h", host("h")))
+        await until(lambda: one.state.view.get(Host, "hosts/h") == host("h"))
+        await until(lambda: one.wakes)
+
+
+def test_going_and_coming_are_logged_once(tmp_path):
+    """Each going away and coming back is logged once, however often it is seen."""
+    local = LocalDatabase(tmp_path / "local.db")
+    noted = State(Moody(None), local, None, None)
+    with structlog.testing.capture_logs() as logs:
+        for reason in (None, "one", "one", "two", None, None, "three"):
+            noted.note(reason)
+    assert [(e["event"], e.get("error")) for e in logs] == [
+        ("store.away", "one"),
+        ("store.back", None),
+        ("store.away", "three"),
+    ]
+    assert noted.away == "three"

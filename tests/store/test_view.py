@@ -1,0 +1,356 @@
+"""The view: which news it takes in, what it shows, and what a draft makes of it."""
+
+from ipaddress import ip_address, ip_network
+
+import pytest
+
+from cnmdriver.model import Host, Member, Network, Pool, Reservation
+from cnmdriver.store import records
+from cnmdriver.store.base import Change, Item
+from cnmdriver.store.view import Draft, View
+
+NET = ip_network("10.1.0.0/24")
+
+
+def host(name: str, version: str = "1") -> Host:
+    """Make a record."""
+    return Host(id=name, name=name, version=version)
+
+
+def member(network: str, name: str) -> Member:
+    """Make a record of a group of its own."""
+    return Member(network=network, host=name)
+
+
+def item(record: object, revision: int) -> Item:
+    """Make an item as the store lists it."""
+    return Item(value=records.encode(record), revision=revision)
+
+
+def write(view: View, key: str, record: object | None, revision: int) -> bool:
+    """Tell a view what the store says of a key."""
+    value = None if record is None else records.encode(record)
+    return view.write(key, value, revision)
+
+
+@pytest.fixture
+def view() -> View:
+    """Know two hosts, at revisions 3 and 5."""
+    view = View()
+    write(view, "hosts/a", host("a"), 3)
+    write(view, "hosts/b", host("b"), 5)
+    return view
+
+
+# News.
+
+
+def test_an_empty_view():
+    """Who knows nothing has no records, and every key is absent."""
+    view = View()
+    assert view.get(Host, "hosts/a") is None
+    assert view.seen("hosts/a") == 0
+    assert list(view.all(Host, "hosts/")) == []
+    assert view.revision == 0
+
+
+def test_newer_news(view):
+    """A later write replaces the record and its revision."""
+    assert write(view, "hosts/a", host("a", "2"), 6)
+    assert view.get(Host, "hosts/a") == host("a", "2")
+    assert view.seen("hosts/a") == 6
+    assert view.revision == 6
+
+
+@pytest.mark.parametrize("revision", [1, 2, 3])
+@pytest.mark.parametrize("record", [None, host("a", "old")])
+def test_older_news_changes_nothing(view, revision, record):
+    """What was written before, or is known already, is no news, deletions too."""
+    assert not write(view, "hosts/a", record, revision)
+    assert view.get(Host, "hosts/a") == host("a")
+    assert view.seen("hosts/a") == 3
+    assert view.revision == 5
+
+
+def test_a_deletion(view):
+    """A deleted key is absent, and an older write does not bring it back."""
+    assert write(view, "hosts/a", None, 6)
+    assert view.get(Host, "hosts/a") is None
+    assert view.seen("hosts/a") == 0
+    assert not write(view, "hosts/a", host("a"), 6)
+    assert view.get(Host, "hosts/a") is None
+    assert write(view, "hosts/a", host("a", "new"), 7)
+    assert view.get(Host, "hosts/a") == host("a", "new")
+
+
+def test_the_last_of_a_group(view):
+    """A group without keys is forgotten, and can come again."""
+    write(view, "hosts/a", None, 6)
+    write(view, "hosts/b", None, 6)
+    assert view.groups == {}
+    assert write(view, "hosts/b", host("b"), 7)
+    assert list(view.all(Host, "hosts/")) == [host("b")]
+
+
+def test_deleting_what_was_never_there(view):
+    """The deletion of an unknown key leaves nothing behind but its revision."""
+    assert write(view, "members/n/a", None, 6)
+    assert list(view.groups) == ["hosts/"]
+    assert not write(view, "members/n/a", member("n", "a"), 6)
+
+
+# Malformed values.
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("hosts/a", b"", "value of hosts/a in the store"),
+        ("hosts/a", b"\xff\xfe", "value of hosts/a in the store"),
+        ("hosts/a", b'{"schema": 1}', "value of hosts/a in the store"),
+        ("hosts/a", b'{"schema": 1, "record": {"id": 5}}', "value of hosts/a"),
+        ("ships/a", b"{}", "key ships/a in the store is none of pynet's"),
+    ],
+)
+def test_malformed_values(view, key, value, reason):
+    """What is not a record is noted and left out; the others stay."""
+    assert view.write(key, value, 7)
+    assert reason in view.malformed[key]
+    assert view.get(Host, key) is None
+    assert view.get(Host, "hosts/b") == host("b")
+    assert host("b") in list(view.all(Host, "hosts/"))
+
+
+def test_a_malformed_value_is_mended(view):
+    """A good value takes the note away, and so does a deletion."""
+    view.write("hosts/a", b"?", 7)
+    assert write(view, "hosts/a", host("a"), 8)
+    assert view.malformed == {}
+    assert view.get(Host, "hosts/a") == host("a")
+    view.write("hosts/a", b"?", 9)
+    assert write(view, "hosts/a", None, 10)
+    assert view.malformed == {}
+
+
+def test_a_malformed_value_that_a_listing_lacks(view):
+    """A malformed key that is gone from the store is noted no more."""
+    view.write("hosts/a", b"?", 7)
+    view.replace([("hosts/b", item(host("b"), 5))], 8)
+    assert view.malformed == {}
+
+
+# Whole listings.
+
+
+def test_a_listing_removes_what_it_lacks(view):
+    """What a listing lacks is gone, and that is news."""
+    assert view.replace([("hosts/b", item(host("b"), 5))], 7)
+    assert view.get(Host, "hosts/a") is None
+    assert view.get(Host, "hosts/b") == host("b")
+    assert view.revision == 7
+
+
+def test_the_same_listing_is_no_news(view):
+    """A listing of what is known already tells nothing new."""
+    listing = [("hosts/a", item(host("a"), 3)), ("hosts/b", item(host("b"), 5))]
+    assert not view.replace(listing, 5)
+    assert not view.replace(listing, 9)
+    assert view.revision == 9
+
+
+def test_a_listing_of_nothing(view):
+    """An empty store empties the view."""
+    assert view.replace([], 9)
+    assert view.groups == {}
+    assert view.revision == 9
+
+
+def test_a_listing_keeps_what_was_written_after_it(view):
+    """A listing that was overtaken takes away nothing that is younger than itself."""
+    write(view, "hosts/c", host("c"), 8)
+    write(view, "hosts/b", host("b", "2"), 9)
+    write(view, "hosts/a", None, 10)
+    listing = [("hosts/a", item(host("a"), 3)), ("hosts/b", item(host("b"), 5))]
+    assert not view.replace(listing, 7)
+    assert list(view.all(Host, "hosts/")) == [host("b", "2"), host("c")]
+    assert view.revision == 10
+
+
+def test_a_listing_forgets_deletions(view):
+    """A deletion need not be remembered once a later listing lacks the key."""
+    write(view, "hosts/a", None, 6)
+    listing = [("hosts/b", item(host("b"), 5))]
+    view.replace(listing, 5)
+    assert "hosts/a" in view.written
+    view.replace(listing, 6)
+    assert view.written == {"hosts/b": 5}
+
+
+def test_where_a_watch_starts(view):
+    """Own writes do not move the place behind which news of others is missing."""
+    assert view.listed == 0
+    view.replace([("hosts/b", item(host("b"), 5))], 7)
+    write(view, "hosts/a", host("a"), 20)
+    assert (view.listed, view.revision) == (7, 20)
+    view.replace([], 6)
+    assert view.listed == 7
+
+
+# Looking.
+
+
+@pytest.mark.parametrize(
+    ("key", "group"),
+    [
+        ("cluster", "cluster/"),
+        ("hosts/h", "hosts/"),
+        ("networks/n", "networks/"),
+        ("members/n/h", "members/n/"),
+        ("spaces/s", "spaces/"),
+        ("pools/s/10.1.0.0/24", "pools/s/"),
+        ("addresses/s/10.1.0.0/24/10.1.0.2", "addresses/s/10.1.0.0/24/"),
+        ("blocks/s/10.1.0.0/24/10.1.0.0/28", "blocks/s/10.1.0.0/24/"),
+        ("endpoints/n/e", "endpoints/n/"),
+    ],
+)
+def test_groups(key, group):
+    """Keys that are listed together have one group."""
+    assert records.group(key) == group
+
+
+def test_only_the_wanted_type(view):
+    """A record of another type than was asked for is not shown."""
+    assert view.get(Network, "hosts/a") is None
+    assert list(view.all(Network, "hosts/")) == []
+
+
+def test_one_group_or_many(view):
+    """A prefix may be a group, or the beginning of several, but of no other's name."""
+    for network, name in (("n", "b"), ("n", "a"), ("nn", "c")):
+        write(view, f"members/{network}/{name}", member(network, name), 9)
+    assert list(view.all(Member, "members/n/")) == [member("n", "a"), member("n", "b")]
+    assert [m.host for m in view.all(Member, "members/")] == ["a", "b", "c"]
+    assert list(view.all(Member, "members/m/")) == []
+
+
+def test_addresses_of_one_pool(view):
+    """A pool's addresses are not mixed with those of a pool that begins alike."""
+    found = []
+    for cidr, ip in (("10.1.0.0/24", "10.1.0.2"), ("10.1.0.0/25", "10.1.0.3")):
+        pool, address = ip_network(cidr), ip_address(ip)
+        taken = Reservation(space="s", cidr=pool, ip=address, host="a")
+        write(view, records.address("s", pool, address), taken, 9)
+        found.append(taken)
+    assert list(view.all(Reservation, records.addresses("s", NET))) == found[:1]
+    assert list(view.all(Reservation, "addresses/")) == found
+
+
+# Drafts.
+
+
+def test_a_draft_remembers_what_it_saw(view):
+    """A look is expected again at commit, absence too; looking writes nothing."""
+    draft = Draft(view)
+    assert draft.get(Host, "hosts/a") == host("a")
+    assert draft.get(Host, "hosts/c") is None
+    assert draft.change() == Change(expect={"hosts/a": 3, "hosts/c": 0})
+    assert not draft.change()
+
+
+def test_a_draft_keeps_the_first_look(view):
+    """What changes between two looks of one draft makes its commit fail."""
+    draft = Draft(view)
+    draft.get(Host, "hosts/a")
+    write(view, "hosts/a", host("a", "2"), 6)
+    draft.put("hosts/a", host("a", "3"))
+    assert draft.change().expect == {"hosts/a": 3}
+
+
+def test_a_draft_sees_its_own_writes(view):
+    """Puts and deletes of a draft show in it, and not in the view."""
+    draft = Draft(view)
+    draft.put("hosts/a", host("a", "2"))
+    draft.put("hosts/c", host("c"))
+    draft.delete("hosts/b")
+    assert draft.get(Host, "hosts/a") == host("a", "2")
+    assert draft.get(Host, "hosts/b") is None
+    assert draft.get(Network, "hosts/c") is None
+    assert draft.all(Host, "hosts/") == [host("a", "2"), host("c")]
+    assert draft.keys("hosts/") == ["hosts/a", "hosts/c"]
+    assert list(view.all(Host, "hosts/")) == [host("a"), host("b")]
+
+
+def test_a_draft_that_wrote_elsewhere(view):
+    """Writes under one prefix do not disturb another, nor a prefix of types."""
+    draft = Draft(view)
+    draft.put("members/n/a", member("n", "a"))
+    assert draft.all(Host, "hosts/") == [host("a"), host("b")]
+    assert draft.all(Host, "members/") == []
+    assert draft.all(Member, "members/") == [member("n", "a")]
+    assert draft.keys("members/m/") == []
+
+
+def test_the_transaction(view):
+    """A change has all puts as bytes, all deletes, and the revisions that were seen."""
+    draft = Draft(view)
+    draft.put("hosts/a", host("a", "2"))
+    draft.put("hosts/c", host("c"))
+    draft.delete("hosts/b")
+    assert draft.change() == Change(
+        expect={"hosts/a": 3, "hosts/c": 0},
+        puts={
+            "hosts/a": records.encode(host("a", "2")),
+            "hosts/c": records.encode(host("c")),
+        },
+        deletes=frozenset({"hosts/b"}),
+    )
+    assert draft.change().written() == {"hosts/a", "hosts/b", "hosts/c"}
+
+
+def test_putting_the_same_is_nothing(view):
+    """A record that is there already is not written, but expected to stay."""
+    draft = Draft(view)
+    draft.put("hosts/a", host("a"))
+    assert not draft.change()
+    assert draft.change().expect == {"hosts/a": 3}
+
+
+def test_the_last_put_counts(view):
+    """Of several puts of one key the last is written, even if it is what was there."""
+    draft = Draft(view)
+    draft.put("hosts/a", host("a", "2"))
+    draft.put("hosts/a", host("a"))
+    assert draft.get(Host, "hosts/a") == host("a")
+    assert draft.change().puts == {"hosts/a": records.encode(host("a"))}
+
+
+def test_put_after_delete(view):
+    """A key that is deleted and put again is put, even if it was the same."""
+    draft = Draft(view)
+    draft.delete("hosts/a")
+    draft.put("hosts/a", host("a"))
+    assert draft.change() == Change(
+        expect={"hosts/a": 3}, puts={"hosts/a": records.encode(host("a"))}
+    )
+    assert draft.keys("hosts/") == ["hosts/a", "hosts/b"]
+
+
+def test_delete_after_put(view):
+    """A key that is put and deleted is deleted."""
+    draft = Draft(view)
+    draft.put("hosts/c", host("c"))
+    draft.delete("hosts/c")
+    assert draft.change().puts == {}
+    assert draft.change().deletes == {"hosts/c"}
+    assert draft.keys("hosts/") == ["hosts/a", "hosts/b"]
+
+
+def test_a_pool_in_a_draft(view):
+    """Addresses in a record are values after the way through bytes, not text."""
+    draft = Draft(view)
+    draft.put(records.pool("s", NET), Pool(space="s", cidr=NET, network="n"))
+    ((key, value),) = draft.change().puts.items()
+    view.write(key, value, 9)
+    assert view.get(Pool, "pools/s/10.1.0.0/24") == Pool(
+        space="s", cidr=NET, network="n"
+    )

@@ -1,0 +1,444 @@
+"""The daemon: one at a time, its sockets, its files, its logs, its start and end."""
+
+import asyncio
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import aiohttp
+import pytest
+import structlog
+from aiohttp import web
+
+from cnmdriver import daemon
+from cnmdriver.daemon import Daemon
+from cnmdriver.errors import InvalidParameter, StoreError
+from cnmdriver.settings import Settings
+from cnmdriver.store.sqlite import SqliteStore
+from tests.fakes import rig
+from tests.unit.calls import Docker
+
+SECOND = """
+import sys
+from cnmdriver import daemon
+daemon.NAME = "\0" + sys.argv[1]
+with daemon.only_one():
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    """Leave the process's log and its file mode as they were."""
+    mask = os.umask(0o022)
+    yield
+    os.umask(mask)
+    structlog.reset_defaults()
+
+
+@pytest.fixture
+def name(monkeypatch, tmp_path) -> str:
+    """Hold a name of the test's own, not the machine's."""
+    own = f"\0pynet-test-{os.getpid()}-{tmp_path.name}"
+    monkeypatch.setattr(daemon, "NAME", own)
+    return own
+
+
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """Make a directory with a short path, as a socket's has 107 bytes at most."""
+    with tempfile.TemporaryDirectory() as directory:
+        yield Path(directory)
+
+
+def settings(directory: Path, **given: str) -> Settings:
+    """Put everything below one directory."""
+    return Settings(
+        socket=f"{directory}/plugins/pynet.sock",
+        state_dir=f"{directory}/state",
+        run_dir=f"{directory}/run",
+        docker="",
+        log_format="json",
+        **given,
+    )
+
+
+# One daemon.
+
+
+def test_the_second_is_refused(name):
+    """A second daemon in the same network namespace is told the first one's pid."""
+    argv = [sys.executable, "-c", SECOND, name.removeprefix("\0")]
+    with subprocess.Popen(
+        argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as first:
+        assert first.stdout.readline() == "held\n"
+        with pytest.raises(InvalidParameter) as refused, daemon.only_one():
+            pass
+        first.stdin.close()
+        assert first.wait(10) == 0
+    assert str(refused.value) == (
+        f"pynet is running here already (pid {first.pid}); stop it first"
+    )
+    with daemon.only_one():
+        pass
+
+
+def test_one_after_another(name):
+    """The name is free again when its holder ends, however it ends."""
+    with daemon.only_one(), pytest.raises(InvalidParameter, match=str(os.getpid())):
+        with daemon.only_one():
+            pass
+    with pytest.raises(ZeroDivisionError), daemon.only_one():
+        raise ZeroDivisionError
+    with daemon.only_one():
+        pass
+
+
+def test_nobody_to_ask(name):
+    """Without a holder its pid is unknown."""
+    assert daemon.owner() == "unknown"
+
+
+# Sockets.
+
+
+@pytest.fixture
+def path(short) -> Path:
+    """Name a socket in a directory that is not there yet."""
+    return short / "run" / "a.sock"
+
+
+def listener(path: Path, kind: int = socket.SOCK_STREAM) -> socket.socket:
+    """Bind a socket as another program would."""
+    path.parent.mkdir(exist_ok=True)
+    bound = socket.socket(socket.AF_UNIX, kind)
+    bound.bind(str(path))
+    if kind == socket.SOCK_STREAM:
+        bound.listen(1)
+    return bound
+
+
+def test_nothing_in_the_way(path):
+    """Where nothing is, only the directory is made, for its owner alone."""
+    daemon.clear_stale(path)
+    assert list(path.parent.iterdir()) == []
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_stale_socket_goes(path):
+    """A socket whose program is gone is removed."""
+    listener(path).close()
+    daemon.clear_stale(path)
+    assert not path.exists()
+
+
+def test_a_live_socket_stays(path):
+    """A socket with a program behind it is refused and left alone."""
+    with (
+        listener(path),
+        pytest.raises(InvalidParameter, match=f"^another program listens on {path}; "),
+    ):
+        daemon.clear_stale(path)
+    assert path.exists()
+
+
+def test_a_busy_socket_stays(path):
+    """A program that has no time for another connection is alive all the same."""
+    with listener(path) as busy:
+        busy.listen(0)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as waiting:
+            waiting.connect(str(path))
+            with pytest.raises(InvalidParameter, match="another program listens"):
+                daemon.clear_stale(path)
+    assert path.exists()
+
+
+def test_a_socket_of_another_kind_stays(path):
+    """A datagram socket is another program's, too."""
+    with (
+        listener(path, socket.SOCK_DGRAM),
+        pytest.raises(InvalidParameter, match="another program listens"),
+    ):
+        daemon.clear_stale(path)
+    assert path.exists()
+
+
+@pytest.mark.parametrize("make", [Path.touch, Path.mkdir])
+def test_a_file_stays(path, make):
+    """What is no socket is refused and left alone."""
+    path.parent.mkdir()
+    make(path)
+    with pytest.raises(InvalidParameter, match=f"^{path} is in the way and no socket"):
+        daemon.clear_stale(path)
+    assert path.exists()
+
+
+@pytest.mark.parametrize("target", ["live.sock", "nowhere"])
+def test_a_symlink_stays(path, target):
+    """A symbolic link is refused, wherever it leads, and so is not followed."""
+    with listener(path.with_name("live.sock")):
+        path.symlink_to(target)
+        with pytest.raises(InvalidParameter, match="is in the way and no socket"):
+            daemon.clear_stale(path)
+    assert path.is_symlink()
+
+
+def test_no_directory(short):
+    """A directory that cannot be made is refused with its name."""
+    (short / "file").touch()
+    path = short / "file" / "a.sock"
+    with pytest.raises(InvalidParameter, match=f"cannot make directory {path.parent}"):
+        daemon.clear_stale(path)
+
+
+async def test_listening(path):
+    """A socket is for its owner alone, replaces a stale one, and goes in the end."""
+    listener(path).close()
+    async with daemon.listening(web.AppRunner(web.Application()), path):
+        assert path.is_socket()
+        assert path.stat().st_mode & 0o777 == 0o600
+        with pytest.raises(InvalidParameter, match="another program"):
+            daemon.clear_stale(path)
+    assert not path.exists()
+
+
+async def test_a_path_that_is_too_long(short):
+    """A path that no socket can have is refused in words."""
+    path = short / ("a" * 120)
+    with pytest.raises(InvalidParameter, match=f"^cannot listen on {path}: "):
+        async with daemon.listening(web.AppRunner(web.Application()), path):
+            pass
+
+
+# Files.
+
+
+def test_the_boot_is_kept(tmp_path):
+    """The boot's id is made once, and the same as long as the file is there."""
+    path = tmp_path / "boot"
+    made = daemon.boot_id(path)
+    assert len(made) == 16
+    assert [daemon.boot_id(path), daemon.boot_id(path)] == [made, made]
+    assert [p.name for p in tmp_path.iterdir()] == ["boot"]
+    path.unlink()
+    assert daemon.boot_id(path) != made
+
+
+def test_a_boot_that_was_cut_off(tmp_path):
+    """An empty file, or a draft of one, does not count."""
+    path = tmp_path / "boot"
+    path.write_text("\n")
+    path.with_suffix(".new").write_text("half")
+    made = daemon.boot_id(path)
+    assert len(made) == 16
+    assert path.read_text() == made + "\n"
+
+
+def test_a_store_by_its_address(tmp_path):
+    """The embedded store's address is an absolute path."""
+    store = daemon.open_store(f"sqlite://{tmp_path}/a.db")
+    assert isinstance(store, SqliteStore)
+    assert store.path == tmp_path / "a.db"
+
+
+@pytest.mark.parametrize(
+    "url", ["", "sqlite://", "sqlite://a.db", "/a.db", "redis://h", "SQLITE:///a.db"]
+)
+def test_a_store_that_is_none(url):
+    """Any other address is refused, and shown."""
+    with pytest.raises(InvalidParameter) as refused:
+        daemon.open_store(url)
+    assert str(refused.value).startswith(f"store {url!r}: give ")
+
+
+def test_the_version():
+    """The version is that of the installed package, or said to be unknown."""
+    assert daemon.version() == "unknown" or daemon.version()[0].isdigit()
+
+
+# Logs.
+
+
+def logged(capsys, **given: str) -> list[str]:
+    """Configure the log, write two lines, and return what is shown."""
+    daemon.configure_logs(Settings(**given))
+    log = structlog.get_logger()
+    log.info("area.verb", fact=1)
+    log.warning("area.mended", error="why")
+    return capsys.readouterr().err.splitlines()
+
+
+@pytest.mark.parametrize("form", ["json", "auto"])
+def test_logs_for_machines(capsys, form):
+    """Away from a terminal each line is JSON, with event, facts, level and time."""
+    first, second = map(json.loads, logged(capsys, log_format=form))
+    assert first.pop("timestamp").endswith("Z")
+    assert first == {"event": "area.verb", "fact": 1, "level": "info"}
+    assert (second["event"], second["level"]) == ("area.mended", "warning")
+
+
+def test_logs_for_people(capsys):
+    """On the console a line reads as text, without colours where there are none."""
+    first, _ = logged(capsys, log_format="console")
+    assert "area.verb" in first
+    assert "fact=1" in first
+    assert not first.startswith("{")
+    assert "\x1b" not in first
+
+
+@pytest.mark.parametrize(("level", "lines"), [("debug", 2), ("info", 2), ("warning", 1)])
+def test_the_level(capsys, level, lines):
+    """Only lines of the wanted level and above are shown."""
+    assert len(logged(capsys, log_format="json", log_level=level)) == lines
+
+
+# Settings that cannot work.
+
+
+def test_a_bad_setting():
+    """A setting that cannot work ends the program with code 2 and one line."""
+    done = subprocess.run(
+        [sys.executable, "-m", "cnmdriver", "serve", "--grace", "soon"],
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    wanted = "pynet: --grace: grace must be seconds above 0, not 'soon'\n"
+    assert done.stderr == wanted
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"store": "redis://a"}, "store 'redis://a': give "),
+        ({"state_dir": "{}/file/state"}, "cannot make directory {}/file/state: "),
+        ({"run_dir": "{}/file"}, "cannot make directory {}/file: "),
+        ({"state_dir": "{}/bad"}, "cannot open the embedded store {}/bad/local.db: "),
+    ],
+)
+def test_run_says_why(name, short, capsys, given, text):
+    """What stops the daemon at its start is told in one line, with the exit code."""
+    (short / "file").touch()
+    (short / "bad" / "local.db").mkdir(parents=True)
+    given = {key: value.format(short) for key, value in given.items()}
+    assert daemon.run(replace(settings(short), **given)) == daemon.BUSY == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("pynet: " + text.format(short))
+
+
+async def test_another_has_the_store(name, short):
+    """A store that another daemon has is refused, and all that was opened is closed."""
+    other = SqliteStore(short / "state" / "store.db")
+    await other.open()
+    with pytest.raises(StoreError, match="^another pynet has the embedded store "):
+        await daemon.serve(settings(short))
+    await other.close()
+    with daemon.only_one():
+        pass
+
+
+# The whole of it.
+
+
+@asynccontextmanager
+async def served(short: Path, **given: str) -> AsyncIterator[tuple[Daemon, Docker]]:
+    """Serve a daemon over a fake kernel, with its loops, and stop it."""
+    async with rig(short) as parts:
+        whole = Daemon(settings(short, **given), parts.site)
+        parts.networks, parts.ipam = whole.sync.networks, whole.sync.ipam
+        parts.state.changed = whole.sync.wake
+        stop = asyncio.Event()
+        async with (
+            daemon.listening(whole.admin, short / "run" / "admin.sock"),
+            daemon.listening(whole.plugin, Path(whole.settings.socket)),
+            asyncio.TaskGroup() as group,
+        ):
+            group.create_task(whole.until(stop))
+            try:
+                yield whole, Docker(parts)
+            finally:
+                stop.set()
+
+
+async def ask(path: Path | str, call: str) -> dict[str, object]:
+    """Make a call as Docker does."""
+    connector = aiohttp.UnixConnector(str(path))
+    async with (
+        aiohttp.ClientSession("http://plugin", connector=connector) as session,
+        session.post(call, json={}) as answer,
+    ):
+        return json.loads(await answer.read())
+
+
+async def test_a_life(short):
+    """
+    A daemon serves, keeps its kernel, and ends without taking anything away.
+
+    1. Docker's handshake is answered, and a network and a container made.
+    2. A device that is taken away is made again when the loop is woken.
+    3. Told to stop, the loops end and the sockets go.
+    Result: the kernel holds what it held, and the records are there.
+    """
+    async with asyncio.timeout(10), served(short) as (whole, docker):
+        kernel = docker.rig.kernel
+        found = await ask(whole.settings.socket, "/Plugin.Activate")
+        assert found == {"Implements": ["NetworkDriver", "IpamDriver"]}
+        await docker.create("red", "10.1.0.0/24")
+        await docker.start("box", "red")
+        held = dict(kernel.ops)
+        kernel.ops = {k: v for k, v in held.items() if k[0] != "device"}
+        whole.sync.wake()
+        while kernel.ops != held:
+            await asyncio.sleep(0.01)
+    assert kernel.ops == held
+    assert "endpoints/" in "".join(docker.rig.records)
+    assert list(short.rglob("*.sock")) == []
+
+
+@pytest.mark.parametrize(
+    ("docker", "said"), [("", "off"), ("unix:///nowhere", "away")]
+)
+async def test_what_the_daemon_knows(short, docker, said):
+    """The daemon tells its version, age and doors, and whether Docker answers."""
+    async with rig(short) as parts:
+        given = Settings(docker=docker, store="sqlite:///a.db")
+        whole = Daemon(given, parts.site)
+        whole.sync.orphans, whole.sync.problems = ("o",), ("p",)
+        info = whole.info()
+        assert info.pop("uptime") >= 0
+        assert info == {
+            "version": "test",
+            "pid": os.getpid(),
+            "store": "sqlite:///a.db",
+            "docker": said,
+            "orphans": ["o"],
+            "problems": ["p"],
+        }
+        await whole.plugin.cleanup()
+        await whole.admin.cleanup()
+
+
+async def test_a_loop_that_fails_ends_all(short):
+    """If one loop fails, the others end too, and the daemon with them."""
+    async with rig(short) as parts:
+        whole = Daemon(settings(short), parts.site)
+
+        async def broken() -> None:
+            raise ZeroDivisionError
+
+        parts.state.follow = broken
+        with pytest.raises(ExceptionGroup) as failed:
+            async with asyncio.timeout(5):
+                await whole.until(asyncio.Event())
+        assert failed.group_contains(ZeroDivisionError)
