@@ -605,6 +605,13 @@ async def test_plans_at_once(kernel):
     assert not compare(plans[0], await kernel.found(plans[0]))
 
 
+async def test_looking_at_once(kernel):
+    """Many may look at the kernel at the same time: it has one dump at a time."""
+    await kernel.apply(whole(network("10.211.0.0/24")))
+    routes = await asyncio.gather(*(kernel.routes() for _ in range(20)))
+    assert routes == [routes[0]] * 20
+
+
 async def test_bounded(kernel, monkeypatch):
     """A kernel that does not answer is an error within two seconds, and is undone."""
     before = without_filter(dump())

@@ -5,6 +5,8 @@ import os
 import signal
 import sqlite3
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -248,3 +250,30 @@ async def test_a_cancelled_write_is_whole(opened, tmp_path):
         await asyncio.wait({task})
         items = (await store.read("")).items
         assert items.get("a") == items.get("b")
+
+
+@pytest.mark.parametrize("turns", range(8))
+async def test_a_cancellation_that_comes_with_the_answer_is_kept(
+    opened, tmp_path, turns
+):
+    """Whoever is cancelled just as the store answers ends: a daemon must stop."""
+    store = await opened(tmp_path / "store.db")
+    begun, answer = threading.Event(), threading.Event()
+
+    def work() -> None:
+        begun.set()
+        answer.wait(5)
+
+    async def follow() -> None:
+        await store.call("wait", work)
+        await asyncio.Event().wait()
+
+    task = asyncio.create_task(follow())
+    while not begun.is_set():
+        await asyncio.sleep(0.001)
+    answer.set()
+    time.sleep(0.02)
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    task.cancel()
+    assert not (await asyncio.wait({task}, timeout=1.0))[1]

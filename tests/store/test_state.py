@@ -224,7 +224,7 @@ async def test_a_decision_may_refuse(one):
         draft.put("hosts/h", host("h"))
         raise Conflict("no")
 
-    with pytest.raises(Conflict, match="^no$"):
+    with pytest.raises(Conflict, match=r"^no$"):
         await one.state.commit(decide)
     assert await one.keys() == []
     assert one.state.view.get(Host, "hosts/h") is None
@@ -324,7 +324,7 @@ async def test_losing_is_not_the_end(one, losses):
 async def test_losing_for_ever(one):
     """After fifty losses the caller is told, and nothing was written."""
     one.store.losing = 1000
-    with pytest.raises(StoreError, match="^lost 50 races for the same record"):
+    with pytest.raises(StoreError, match=r"^lost 50 races for the same record"):
         await one.state.commit(putting("hosts/h", host("h")))
     assert one.store.losing == 950
     assert await one.keys() == []
@@ -523,6 +523,33 @@ async def test_neither_store_nor_disk(one):
     assert found == replace(RESERVED, name="next")
     assert await one.keys() == [ADDRESS]
     assert await one.local.pending() == []
+
+
+async def test_a_removal_during_a_replay(one):
+    """What is deferred while the outbox is emptied is replayed before the next write."""
+    pending = one.local.pending
+
+    async def looked() -> list[tuple[int, Change]]:
+        """Let the store go away right after a look that found nothing."""
+        found = await pending()
+        one.local.pending = pending
+        one.store.away = True
+        deferring.append(asyncio.create_task(one.state.remove(deleting(ADDRESS))))
+        while not one.state.unsaved:
+            await asyncio.sleep(0)
+        return found
+
+    deferring: list[asyncio.Task[None]] = []
+    await one.state.commit(putting(ADDRESS, RESERVED))
+    one.local.pending = looked
+    await one.state.replay()
+    await deferring[0]
+    one.store.away = False
+    await one.state.commit(putting(ADDRESS, replace(RESERVED, name="next")))
+    assert await one.local.pending() == []
+    await one.state.relist()
+    found = one.state.view.get(Reservation, ADDRESS)
+    assert found == replace(RESERVED, name="next")
 
 
 async def test_a_deferred_removal_is_logged(one):

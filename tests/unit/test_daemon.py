@@ -28,7 +28,7 @@ from tests.unit.calls import Docker
 SECOND = """
 import sys
 from cnmdriver import daemon
-daemon.NAME = "\0" + sys.argv[1]
+daemon.NAME = chr(0) + sys.argv[1]
 with daemon.only_one():
     print("held", flush=True)
     sys.stdin.read()
@@ -94,9 +94,12 @@ def test_the_second_is_refused(name):
 
 def test_one_after_another(name):
     """The name is free again when its holder ends, however it ends."""
-    with daemon.only_one(), pytest.raises(InvalidParameter, match=str(os.getpid())):
-        with daemon.only_one():
-            pass
+    with (
+        daemon.only_one(),
+        pytest.raises(InvalidParameter, match=str(os.getpid())),
+        daemon.only_one(),
+    ):
+        pass
     with pytest.raises(ZeroDivisionError), daemon.only_one():
         raise ZeroDivisionError
     with daemon.only_one():
@@ -295,7 +298,9 @@ def test_logs_for_people(capsys):
     assert "\x1b" not in first
 
 
-@pytest.mark.parametrize(("level", "lines"), [("debug", 2), ("info", 2), ("warning", 1)])
+@pytest.mark.parametrize(
+    ("level", "lines"), [("debug", 2), ("info", 2), ("warning", 1)]
+)
 def test_the_level(capsys, level, lines):
     """Only lines of the wanted level and above are shown."""
     assert len(logged(capsys, log_format="json", log_level=level)) == lines
@@ -341,7 +346,7 @@ async def test_another_has_the_store(name, short):
     """A store that another daemon has is refused, and all that was opened is closed."""
     other = SqliteStore(short / "state" / "store.db")
     await other.open()
-    with pytest.raises(StoreError, match="^another pynet has the embedded store "):
+    with pytest.raises(StoreError, match=r"^another pynet has the embedded store "):
         await daemon.serve(settings(short))
     await other.close()
     with daemon.only_one():
@@ -406,9 +411,7 @@ async def test_a_life(short):
     assert list(short.rglob("*.sock")) == []
 
 
-@pytest.mark.parametrize(
-    ("docker", "said"), [("", "off"), ("unix:///nowhere", "away")]
-)
+@pytest.mark.parametrize(("docker", "said"), [("", "off"), ("unix:///nowhere", "away")])
 async def test_what_the_daemon_knows(short, docker, said):
     """The daemon tells its version, age and doors, and whether Docker answers."""
     async with rig(short) as parts:

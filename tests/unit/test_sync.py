@@ -3,8 +3,8 @@
 import asyncio
 import contextlib
 import tempfile
-from dataclasses import dataclass, field, replace
-from ipaddress import ip_network
+from dataclasses import dataclass, replace
+from ipaddress import ip_interface, ip_network
 from pathlib import Path
 
 import pytest
@@ -61,7 +61,6 @@ class Clock:
     """Tells the time that the test says it is."""
 
     now: float = 1000.0
-    steps: list[float] = field(default_factory=list)
 
     def monotonic(self) -> float:
         """Return the time."""
@@ -178,7 +177,7 @@ async def test_what_changed_is_mended(parts, docker, sync):
     ]
 
 
-async def test_what_stands_on_it_comes_too(parts, docker, sync, monkeypatch):
+async def test_what_stands_on_it_comes_too(parts, docker, sync):
     """With a bridge that is made again everything on it is applied, and no more."""
     await docker.create(RED, "10.1.0.0/24")
     await docker.create(BLUE, "10.2.0.0/24")
@@ -289,14 +288,13 @@ async def test_removed_meanwhile_is_not_made_again(parts, docker, sync):
     """What Docker removed while the kernel was read is not brought back."""
     await docker.create(RED, "10.1.0.0/24")
     await docker.start(BOX, RED)
-    box, remove = docker.boxes[BOX], parts.kernel.apply
     apply = parts.kernel.apply
     parts.kernel.ops.clear()
 
     async def late(plan: Plan, still) -> None:
         """Let Docker be faster than the repair."""
-        parts.kernel.apply = remove
-        await docker.stop(box.id)
+        parts.kernel.apply = apply
+        await docker.stop(BOX)
         await docker.remove(RED)
         await apply(plan, still)
 
@@ -304,6 +302,26 @@ async def test_removed_meanwhile_is_not_made_again(parts, docker, sync):
     await sync.turn()
     assert parts.kernel.left == []
     assert parts.records == []
+
+
+async def test_a_difference_that_passes(parts, docker, sync):
+    """What a call of Docker sets right between two looks is no difference."""
+    await docker.create(RED, "10.1.0.0/24")
+    before, applied = dict(parts.kernel.ops), parts.kernel.applied
+    parts.kernel.ops.clear()
+
+    async def end() -> None:
+        """Let the call end that the first look came in between."""
+        parts.kernel.ops.update(before)
+
+    sync.settle = 0.01
+    parts.kernel.meanwhile = end
+    with structlog.testing.capture_logs() as logs:
+        await sync.turn()
+    assert (parts.kernel.ops, parts.kernel.applied, logs) == (before, applied, [])
+    parts.kernel.ops.clear()
+    await sync.turn()
+    assert parts.kernel.ops == before
 
 
 async def test_made_meanwhile_is_not_removed(parts, docker, sync):
@@ -431,7 +449,12 @@ async def test_a_kernel_shared_with_another(parts, docker, sync, alias, kept):
 
 
 PAIR = Veth(
-    name="pe-1", peer=None, mac=None, bridge="pn-1", mtu=1500, alias="pynet:h:endpoint:e"
+    name="pe-1",
+    peer=None,
+    mac=None,
+    bridge="pn-1",
+    mtu=1500,
+    alias="pynet:h:endpoint:e",
 )
 LINK = Bridge(name="pn-1", mac="02:42:0a:01:00:01", mtu=1500, alias="pynet:h:network:n")
 
@@ -460,7 +483,7 @@ def test_what_may_be_removed(pair, known, used):
 
 def test_what_is_affected():
     """What stands on something amiss is amiss, and so on; the order stays."""
-    address = Address(device="pn-1", interface=next(iter_interfaces()))
+    address = Address(device="pn-1", interface=ip_interface("10.1.0.1/24"))
     other = replace(LINK, name="pn-2")
     plan = (other, LINK, address, PAIR)
     assert affected(plan, {LINK.key}) == (LINK, address, PAIR)
@@ -469,12 +492,6 @@ def test_what_is_affected():
     amiss = {LINK.key}
     affected((LINK,), amiss)
     assert affected((address,), amiss) == (address,)
-
-
-def iter_interfaces():
-    """Yield an interface address."""
-    network = ip_network("10.1.0.0/24")
-    yield type("I", (), {"__str__": lambda _: f"10.1.0.1/{network.prefixlen}"})()
 
 
 # What Docker no longer has.
@@ -571,7 +588,7 @@ async def test_without_dockers_list_nothing_goes(parts, docker, sync, clock):
 
 async def test_members_of_other_hosts_are_theirs(parts, docker, sync, clock):
     """What another host has a part in is not forgotten for this host's Docker."""
-    pool_id = await docker.pool("10.9.0.0/24")
+    await docker.pool("10.9.0.0/24")
     (pool,) = parts.state.view.all(Pool, "pools/")
     mine = parts.state.view.groups[f"members/{pool.network}/"]
     (member,) = [known.record for known in mine.values()]
@@ -585,7 +602,6 @@ async def test_members_of_other_hosts_are_theirs(parts, docker, sync, clock):
     assert list(parts.state.view.all(Pool, "pools/")) == [pool]
     assert f"members/{pool.network}/other" in parts.records
     assert f"members/{pool.network}/{parts.site.host.id}" not in parts.records
-    assert pool_id
 
 
 async def test_what_nobody_has_a_part_in(parts, docker, sync):
@@ -668,7 +684,7 @@ async def test_dockers_bridges_enter_the_plans(parts, docker, sync):
     )
     assert sync.dirty.is_set()
     await sync.turn()
-    assert {key[-1] for key in set(parts.kernel.ops) - before} == {"br-123"}
+    assert {key[-1] for key in set(parts.kernel.ops) - before} == {'"br-123"'}
     assert parts.site.docker_bridges == {"br-123", "docker0", "docker_gwbridge"}
     assert parts.site.name(RED) == "red"
     sync.learn(inventory(docker))
