@@ -42,7 +42,7 @@ check: venv
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest -m 'not root' $(QUICK)
+	$(BIN)/pytest -n 2 -m 'not root' $(QUICK)
 
 fmt: venv
 	$(BIN)/ruff format .

@@ -154,6 +154,12 @@ async def build(settings: Settings, stack: AsyncExitStack) -> Daemon:
     state_dir, run_dir = Path(settings.state_dir), Path(settings.run_dir)
     for directory in (state_dir, run_dir):
         make_private(directory)
+    try:
+        boot = boot_id(run_dir / "boot")
+    except OSError as error:
+        raise InvalidParameter(
+            f"cannot keep the boot id in {run_dir}: {error}"
+        ) from None
     local = LocalDatabase(state_dir / "local.db")
     await local.open()
     stack.push_async_callback(local.close)
@@ -169,7 +175,7 @@ async def build(settings: Settings, stack: AsyncExitStack) -> Daemon:
     await state.commit(lambda draft: draft.put(records.host(host.id), host))
     site = Site(
         host=host,
-        boot=boot_id(run_dir / "boot"),
+        boot=boot,
         state=state,
         dataplane=kernel,
     )

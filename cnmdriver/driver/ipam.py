@@ -17,6 +17,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import structlog
+
 from cnmdriver.driver import claims
 from cnmdriver.driver.site import Site
 from cnmdriver.errors import Conflict, Exhausted, InvalidParameter, NotFound
@@ -38,6 +40,8 @@ from cnmdriver.store import records
 from cnmdriver.store.view import Draft
 
 OPTIONS = ("pynet.network", "pynet.space")
+log = structlog.get_logger()
+
 SPACE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
@@ -55,8 +59,8 @@ class PoolRequest:
 class Endpoints(Protocol):
     """What the driver of networks does for the driver of addresses."""
 
-    async def remove(self, endpoint: Endpoint) -> None:
-        """Remove an endpoint: its own removal was lost, but its address is released."""
+    async def remove_unreached(self, endpoint: Endpoint) -> bool:
+        """Remove an endpoint whose own removal was lost, unless a sandbox has it."""
 
     async def reap(self, endpoint: Endpoint) -> None:
         """Remove an endpoint if its sandbox is gone."""
@@ -343,9 +347,11 @@ class IpamDriver:
         held = self.site.view.get(Reservation, key)
         if held is None or held.host != self.site.host.id:
             return
-        endpoint = self.holder(held)
-        if endpoint is not None:
-            await self.endpoints.remove(endpoint)
+        holder = self.holder(held)
+        if holder and not await self.endpoints.remove_unreached(holder):
+            # Released late: the address has gone to another container since.
+            log.warning("ipam.still_in_use", address=str(address))
+            return
 
         def decide(draft: Draft) -> None:
             again = draft.get(Reservation, key)

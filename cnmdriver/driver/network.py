@@ -326,6 +326,14 @@ class NetworkDriver:
                 log.warning("network.endpoint_forgotten", endpoint=other.id[:12])
                 await self.erase(other)
 
+    async def remove_unreached(self, endpoint: Endpoint) -> bool:
+        """Remove an endpoint unless it is in use in a sandbox; tell whether it went."""
+        async with self.locked(self.docker_id(endpoint)):
+            if await self.sandboxes.is_reached(endpoint):
+                return False
+            await self.erase(endpoint)
+            return True
+
     async def reap(self, endpoint: Endpoint) -> None:
         """Remove an endpoint whose sandbox is gone; leave any other as it is."""
         async with self.locked(self.docker_id(endpoint)):

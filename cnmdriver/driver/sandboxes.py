@@ -41,7 +41,11 @@ class Sandboxes:
             return False
         if self.site.dataplane.has_sandbox(endpoint.sandbox):
             return False
+        return not await self.is_reached(endpoint)
+
+    async def is_reached(self, endpoint: Endpoint) -> bool:
+        """Tell whether an endpoint's device reaches into a sandbox now."""
         name = devices.port(endpoint.id)
         found = await self.site.dataplane.found()
         pairs = [op for op in found if isinstance(op, Veth) and op.name == name]
-        return not any(pair.peer is None for pair in pairs)
+        return any(pair.peer is None for pair in pairs)

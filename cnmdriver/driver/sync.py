@@ -217,9 +217,9 @@ class Sync:
 
     async def drop_network(self, docker_id: str) -> None:
         """Remove a network whose removal Docker could not tell us, pools included."""
-        member = self.site.member(docker_id)
+        member = self.networks.part(docker_id)
         await self.networks.delete(docker_id)
-        for claim in member.claims:
+        for claim in member.claims if member is not None else ():
             await self.ipam.release_pool(claim)
 
     async def forget_unused(self) -> None:

@@ -61,14 +61,14 @@ class Machine:
     def power_cut(self) -> None:
         """Kill the machine with all that runs in it, at once; off is no error."""
         inner = process.inner_process(self.lab, self.name)
-        spaces = process.namespaces_of(inner) if inner else frozenset[str]()
-        if not wait_until(self._killed, BOOT_TIMEOUT):
-            raise LabError(f"the first process of {self.name} does not end")
-        self._init = None
-        for child in self._children:
-            child.wait(BOOT_TIMEOUT)
-        self._children.clear()
-        self._wait_off(spaces)
+        with process.held([inner] if inner else []) as spaces:
+            if not wait_until(self._killed, BOOT_TIMEOUT):
+                raise LabError(f"the first process of {self.name} does not end")
+            self._init = None
+            for child in self._children:
+                child.wait(BOOT_TIMEOUT)
+            self._children.clear()
+            self._wait_off(spaces)
 
     @property
     def is_on(self) -> bool:

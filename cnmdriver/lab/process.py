@@ -4,7 +4,7 @@ import contextlib
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,6 +80,24 @@ def namespaces_of(pid: int) -> frozenset[str]:
         links = (Path(f"/proc/{pid}/ns/{kind}").readlink() for kind in NAMESPACES)
         return frozenset(map(str, links))
     return frozenset()
+
+
+@contextlib.contextmanager
+def held(pids: Iterable[int]) -> Iterator[frozenset[str]]:
+    """
+    Keep the namespaces of processes, and return their names.
+
+    The name of a namespace that is gone is soon another's, of any process on the
+    machine. Those that are held have no such successor.
+    """
+    with contextlib.ExitStack() as stack:
+        names = set()
+        for place in (f"/proc/{pid}/ns/{kind}" for pid in pids for kind in NAMESPACES):
+            with contextlib.suppress(OSError):
+                space = os.open(place, os.O_RDONLY | os.O_CLOEXEC)
+                stack.callback(os.close, space)
+                names.add(str(Path(f"/proc/self/fd/{space}").readlink()))
+        yield frozenset(names)
 
 
 def members(namespaces: frozenset[str]) -> list[int]:

@@ -138,7 +138,7 @@ async def test_rules_read_well(kernel, kind):
     policy("DROP", "ip6tables")
     await kernel.apply(BOTH)
     for tool in ("iptables", "ip6tables"):
-        lines = run(tool, "-S").splitlines()
+        lines = run(tool, "-w", "5", "-S").splitlines()
         mark = "-m comment --comment pynet -j ACCEPT"
         assert lines[-2:] == [
             f"-A DOCKER-USER -m devgroup --dst-group 0x706e {mark}",
@@ -155,16 +155,16 @@ async def test_twice_and_nothing_left(kernel, kind):
     """Applying twice makes no second rule, and clearing twice leaves nothing."""
     assert kind
     policy("DROP", "iptables", "ip6tables")
-    before = [run(tool, "-S") for tool in ("iptables", "ip6tables")]
+    before = [run(tool, "-w", "5", "-S") for tool in ("iptables", "ip6tables")]
     await kernel.apply(BOTH)
-    once = [run(tool, "-S") for tool in ("iptables", "ip6tables")]
+    once = [run(tool, "-w", "5", "-S") for tool in ("iptables", "ip6tables")]
     await kernel.apply(BOTH)
-    assert once == [run(tool, "-S") for tool in ("iptables", "ip6tables")]
+    assert once == [run(tool, "-w", "5", "-S") for tool in ("iptables", "ip6tables")]
     assert await kernel.found(BOTH) == BOTH
     assert await kernel.found() == BOTH
     await kernel.clear(BOTH)
     await kernel.clear(BOTH)
-    assert before == [run(tool, "-S") for tool in ("iptables", "ip6tables")]
+    assert before == [run(tool, "-w", "5", "-S") for tool in ("iptables", "ip6tables")]
     assert await kernel.found() == ()
 
 
@@ -174,13 +174,13 @@ async def test_dockers_chain_is_kept(kernel, kind):
     run("iptables", "-N", "DOCKER-USER")
     run("iptables", "-A", "DOCKER-USER", "-j", "RETURN")
     run("iptables", "-I", "FORWARD", "-j", "DOCKER-USER")
-    before = run("iptables", "-S")
+    before = run("iptables", "-w", "5", "-S")
     await kernel.apply(BOTH[:1])
-    lines = run("iptables", "-S").splitlines()
+    lines = run("iptables", "-w", "5", "-S").splitlines()
     assert lines[-1] == "-A DOCKER-USER -j RETURN"
     assert len(lines) == len(before.splitlines()) + 2
     await kernel.clear(BOTH[:1])
-    assert run("iptables", "-S") == before
+    assert run("iptables", "-w", "5", "-S") == before
 
 
 async def test_dockers_empty_chain_is_kept(kernel, kind):
@@ -188,10 +188,10 @@ async def test_dockers_empty_chain_is_kept(kernel, kind):
     assert kind
     run("iptables", "-N", "DOCKER-USER")
     run("iptables", "-I", "FORWARD", "-j", "DOCKER-USER")
-    before = run("iptables", "-S")
+    before = run("iptables", "-w", "5", "-S")
     await kernel.apply(BOTH[:1])
     await kernel.clear(BOTH[:1])
-    assert run("iptables", "-S") == before
+    assert run("iptables", "-w", "5", "-S") == before
 
 
 @pytest.mark.parametrize(
@@ -206,11 +206,13 @@ async def test_missing_parts_are_seen(kernel, kind, command):
     """Rules that somebody flushed lack, are put back, and no part comes twice."""
     assert kind
     await kernel.apply(BOTH)
-    whole_rules = run("iptables", "-S")
+    whole_rules = run("iptables", "-w", "5", "-S")
     run(*command)
     assert compare(BOTH, await kernel.found(BOTH)).lacking == BOTH[:1]
     await kernel.apply(BOTH)
-    assert sorted(run("iptables", "-S").split("\n")) == sorted(whole_rules.split("\n"))
+    assert sorted(run("iptables", "-w", "5", "-S").split("\n")) == sorted(
+        whole_rules.split("\n")
+    )
 
 
 async def test_no_ipv6_table(kernel, tmp_path, monkeypatch):
@@ -240,13 +242,13 @@ async def test_legacy_tables_beside_nft(kernel, tmp_path, monkeypatch):
     policy("DROP", "iptables", "iptables-legacy")
     await kernel.apply(BOTH[:1])
     for tool in ("iptables", "iptables-legacy"):
-        assert run(tool, "-S").count("devgroup") == 2
+        assert run(tool, "-w", "5", "-S").count("devgroup") == 2
     run("iptables-legacy", "-F")
     assert compare(BOTH[:1], await kernel.found(BOTH[:1])).lacking
     await kernel.apply(BOTH[:1])
     await kernel.clear(BOTH[:1])
     for tool in ("iptables", "iptables-legacy"):
-        assert "DOCKER-USER" not in run(tool, "-S")
+        assert "DOCKER-USER" not in run(tool, "-w", "5", "-S")
 
 
 async def test_refusal_is_told(kernel, tmp_path, monkeypatch):
@@ -266,7 +268,7 @@ async def test_refusal_is_told(kernel, tmp_path, monkeypatch):
 async def test_undo(host, tmp_path):
     """Rules, chain and jump made by a plan that failed are taken back."""
     assert host
-    before = run("iptables", "-S")
+    before = run("iptables", "-w", "5", "-S")
 
     async def fail(step):
         if step == "apply.device":
@@ -277,7 +279,7 @@ async def test_undo(host, tmp_path):
     with pytest.raises(KernelError, match="stopped"):
         await kernel.apply(PLAN)
     await kernel.close()
-    assert run("iptables", "-S") == before
+    assert run("iptables", "-w", "5", "-S") == before
 
 
 async def test_at_once(host, tmp_path):

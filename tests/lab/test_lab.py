@@ -93,7 +93,7 @@ def cli(place: Path, command: str, *args: str) -> list[str]:
 
 def start(argv: list[str]) -> subprocess.Popen[bytes]:
     """Start a program on the machine itself."""
-    return subprocess.Popen(argv, stdin=subprocess.DEVNULL)  # noqa: S603 - no shell
+    return subprocess.Popen(argv, stdin=subprocess.DEVNULL)
 
 
 def test_dockerd_answers_on_each_host(pair: Lab) -> None:
@@ -306,12 +306,12 @@ def test_power_cut_spares_the_rest(make_lab: Callable[..., Lab]) -> None:
     first, second = lab.hosts
     first.docker("run", "-d", "--name", "kept", "busybox", "sleep", "1000")
     first.exec("touch", "/var/lib/pynet/state", "/run/boot")
-    spaces = process.namespaces_of(first.pid)
     dockerd = first.service_pid("dockerd")
 
-    first.power_cut()
-    assert not first.is_on
-    assert process.members(spaces) == []
+    with process.held([first.pid]) as spaces:
+        first.power_cut()
+        assert not first.is_on
+        assert process.members(spaces) == []
     assert not Path(f"/proc/{dockerd}").exists()
     second.docker("run", "--rm", "busybox", "true")
     lab.outside.exec("ping", "-c1", "-W2", str(second.address4))
@@ -344,15 +344,14 @@ def test_down_leaves_nothing(place: Path) -> None:
     first.docker("run", "-d", "--name", "runs", "busybox", "sleep", "1000")
     child = first.popen("sleep", "1000")
     stranger = start(["nsenter", f"--net={first.netns}", "sleep", "1000"])
-    machines = lab.machines
-    spaces = frozenset[str]().union(*(process.namespaces_of(m.pid) for m in machines))
     during = machine_state()
-    lab.down()
-    assert stranger.wait(5) == -signal.SIGKILL
-    for pipe in (child.stdin, child.stdout):
-        assert pipe is not None
-        pipe.close()
-    assert leftovers(lab, spaces) == []
+    with process.held([machine.pid for machine in lab.machines]) as spaces:
+        lab.down()
+        assert stranger.wait(5) == -signal.SIGKILL
+        for pipe in (child.stdin, child.stdout):
+            assert pipe is not None
+            pipe.close()
+        assert leftovers(lab, spaces) == []
     assert during == before
     assert machine_state() == before
 
@@ -365,11 +364,10 @@ def test_down_after_the_lab_command_was_killed(place: Path, moment: float) -> No
         time.sleep(moment)
         child.kill()
     lab = Lab.attach(place)
-    found = process.machine_processes(lab.directory)
-    spaces = frozenset[str]().union(*map(process.namespaces_of, found))
-    done = process.run(cli(place, "down"))
-    assert (done.returncode, done.stderr) == (0, "")
-    assert leftovers(lab, spaces - process.namespaces_of(os.getpid())) == []
+    with process.held(process.machine_processes(lab.directory)) as spaces:
+        done = process.run(cli(place, "down"))
+        assert (done.returncode, done.stderr) == (0, "")
+        assert leftovers(lab, spaces - process.namespaces_of(os.getpid())) == []
 
 
 def test_command_line(place: Path) -> None:

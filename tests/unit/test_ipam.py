@@ -231,9 +231,7 @@ async def test_bad_pool_requests(docker, pool, sub, options, message):
 
 async def test_options_of_others_are_accepted(docker):
     """An --ipam-opt of somebody else's is no error."""
-    assert await docker.pool(None, org_example_key="1") == (
-        "local/10.200.0.0/24"
-    )
+    assert await docker.pool(None, org_example_key="1") == ("local/10.200.0.0/24")
 
 
 async def test_a_pool_id_that_was_never_ours(docker):
