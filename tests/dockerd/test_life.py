@@ -50,11 +50,13 @@ version: "3.5"
 services:
   one:
     image: busybox
+    container_name: life_one
     command: sleep 600
     stop_signal: SIGKILL
     networks: [own, shared]
   two:
     image: busybox
+    container_name: life_two
     command: sleep 600
     stop_signal: SIGKILL
     networks:
@@ -277,7 +279,7 @@ def test_compose_up_and_down_twice(scene: Scene) -> None:
         host.exec(*compose, "up", "-d", input=COMPOSE, timeout=40)
         try:
             one, two = (
-                Container(host=host, name=f"life_{name}_1").look()
+                Container(host=host, name=f"life_{name}").look()
                 for name in ("one", "two")
             )
             assert two.ip("life_own") == "10.77.0.9"

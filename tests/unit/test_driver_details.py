@@ -456,6 +456,119 @@ async def test_a_pair_in_a_sandbox(docker, clock):
     assert await known.is_gone(replace(endpoint, id=DB))
 
 
+# Endpoints that Docker forgot when it died.
+
+
+def forgotten(docker, box):
+    """Let a container's sandbox be gone for long."""
+    endpoint = docker.rig.networks.known(RED, box)
+    docker.rig.networks.sandboxes.left(endpoint)
+    docker.rig.kernel.dead.add(endpoint.sandbox)
+
+
+async def test_a_wanted_address_of_a_forgotten_endpoint(docker):
+    """An address asked for by name is freed when its endpoint's sandbox is gone."""
+    pool_id, held = docker.boxes[WEB].held[0]
+    with pytest.raises(Conflict):
+        await docker.address(pool_id, str(held), name="new")
+    forgotten(docker, WEB)
+    assert (await docker.address(pool_id, str(held), name="new")).ip == held
+    assert docker.rig.networks.find(RED, WEB) is None
+    assert docker.rig.networks.find(RED, DB) is not None
+
+
+@pytest.mark.parametrize("box", [WEB, DB])
+async def test_a_wanted_mac_of_a_forgotten_endpoint(docker, box):
+    """A MAC is freed as an address is, whichever of the endpoints has it."""
+    networks = docker.rig.networks
+    other = DB if box == WEB else WEB
+    mac = networks.known(RED, box).mac
+    with pytest.raises(Conflict) as refused:
+        await docker.start("new0" * 16, RED, mac=mac)
+    assert str(refused.value) == (
+        f"MAC {mac} is taken by {box[:12]}; choose another --mac-address"
+    )
+    forgotten(docker, box)
+    forgotten(docker, other)
+    await docker.start("new0" * 16, RED, mac=mac)
+    assert networks.find(RED, box) is None
+    assert networks.find(RED, other) is not None
+    assert networks.known(RED, "new0" * 16).mac == mac
+
+
+async def test_a_bound_address(docker):
+    """An address that is bound to another endpoint is named with its owner."""
+    site = docker.rig.site
+    ip = IPv4Address("10.1.0.99")
+    held = Reservation(
+        space="local", cidr=POOL.cidr, ip=ip, host=site.host.id, endpoint="x" * 64
+    )
+    key = records.address("local", POOL.cidr, ip)
+    for name, owner in (("batch", "batch"), ("", "x" * 12)):
+        record = replace(held, name=name)
+        await site.state.commit(lambda draft, r=record: draft.put(key, r))
+        with pytest.raises(Conflict) as refused:
+            await docker.rig.networks.create_endpoint(
+                RED, "new", ipv4=ip_interface("10.1.0.99/24"), ipv6=None, mac=""
+            )
+        assert str(refused.value) == f"address {ip} is taken by {owner}; choose another"
+
+
+async def test_a_reboot(docker):
+    """After a reboot an endpoint is created and joined again, and is of that boot."""
+    networks = docker.rig.networks
+    before = networks.known(RED, WEB)
+    docker.rig.site.boot = "boot2"
+    again = await networks.create_endpoint(
+        RED, WEB, ipv4=before.ipv4, ipv6=None, mac=""
+    )
+    assert again == before.mac
+    await networks.join(RED, WEB, before.sandbox)
+    assert networks.known(RED, WEB) == replace(before, boot="boot2")
+
+
+async def test_dockers_id(docker):
+    """The id Docker knows a network by is not the one its pool minted."""
+    networks = docker.rig.networks
+    endpoint = networks.known(RED, WEB)
+    assert endpoint.network != RED
+    assert networks.docker_id(endpoint) == RED
+    assert networks.docker_id(replace(endpoint, network="other")) == "other"
+
+
+async def test_a_pool_without_a_network(docker):
+    """A pool in the way whose network is not created yet is named by its own id."""
+    pool_id = await docker.pool("10.7.0.0/24")
+    own = docker.rig.state.view.get(Pool, "pools/local/10.7.0.0/24").network
+    with pytest.raises(Conflict) as refused:
+        await docker.pool("10.7.0.0/16")
+    assert str(refused.value) == (
+        f"pool 10.7.0.0/16 overlaps 10.7.0.0/24 of network {own[:12]}; choose another "
+        "--subnet or remove that network"
+    )
+    await docker.rig.ipam.release_pool(pool_id)
+
+
+async def test_what_lost_its_last_member(docker):
+    """Networks and pools of which no host is a member go; all others stay."""
+    state = docker.rig.state
+    lost = Network(id="lost", mode="bridge", subnets=(), mtu=1500)
+    alone = replace(POOL, cidr=ip_network("10.8.0.0/24"), network="alone")
+
+    def lose(draft):
+        draft.put(records.network("lost"), lost)
+        draft.put(records.pool("local", alone.cidr), alone)
+
+    before = docker.rig.records
+    await state.commit(lose)
+    assert docker.rig.records != before
+    loop = sync.Sync(
+        docker.rig.site, docker.rig.networks, docker.rig.ipam, None, grace=60, audit=60
+    )
+    await loop.forget_unused()
+    assert docker.rig.records == before
+
+
 # What a join answers.
 
 FOUR = Subnet(
