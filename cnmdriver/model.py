@@ -57,6 +57,12 @@ class Network:
     masquerade: bool = True
     gateway: str = "pynet"
     """Who gives the default route: `pynet`, or `docker` for docker_gwbridge."""
+    vni: int = 0
+    """The VXLAN network identifier of an overlay (RFC 7348), 0 for other modes."""
+    flood: bool = False
+    """Whether broadcast and multicast go to all hosts of an overlay."""
+    host_access: bool = False
+    """Whether each host has an address of its own on an overlay."""
 
     def subnet_of(self, address: IPAddress) -> Subnet | None:
         """Return the subnet that holds the address."""
@@ -85,6 +91,14 @@ class Member:
     options: tuple[tuple[str, str], ...] = ()
     claims: tuple[str, ...] = ()
     """The pool ids Docker holds here."""
+    ipv4: IPv4Interface | None = None
+    """The host's own address on the network, where it has `host_access`."""
+    ipv6: IPv6Interface | None = None
+
+    @property
+    def addresses(self) -> tuple[IPInterface, ...]:
+        """Return the host's own addresses on the network, IPv4 first."""
+        return tuple(a for a in (self.ipv4, self.ipv6) if a is not None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,7 +183,59 @@ class Host:
     id: str
     name: str
     version: str
-    vteps: tuple[IPAddress, ...] = ()
+    vtep: IPAddress | None = None
+    """The address of its end of the VXLAN tunnels; None on a host without overlays."""
+    vxlan_port: int = 4789
+    """RFC 7348's UDP port, or another that all hosts of a cluster use."""
+    mtu: int = 1500
+    """Of the device that has the VTEP address."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alive:
+    """
+    Says, on a host's lease, that its daemon runs.
+
+    A daemon that stops cleanly leaves it on a long lease with `resting`: its
+    containers are served by the kernel meanwhile.
+    """
+
+    instance: str
+    """A random value of the process."""
+    boot: str
+    resting: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fence:
+    """
+    What every commit of a host expects, on its lease.
+
+    Counted up to settle a commit whose answer was lost: what was not written before
+    then never will be.
+    """
+
+    instance: str
+    count: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """Says, on a long lease, that a host that is not alive may come back."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vni:
+    """A VXLAN network identifier that is taken."""
+
+    network: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Watermark:
+    """The store's revision up to which a host's kernel holds what it should."""
+
+    revision: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,7 +257,6 @@ class Attachment:
     disable_gateway_service: bool = False
 
 
-Record = Network | Member | Pool | Reservation | Block | Endpoint | Host | Cluster
 
 
 def interface(address: IPAddress, pool: IPNetwork) -> IPInterface:

@@ -66,6 +66,10 @@ class RaceLostError(StoreError):
         self.revision = revision
 
 
+class UnknownOutcomeError(StoreError):
+    """The answer to a commit was lost: it was done, or not, or will be yet."""
+
+
 class CompactedError(StoreError):
     """The watch wanted to start before the store's memory: read again."""
 
@@ -96,12 +100,17 @@ class Store(Protocol):
         """
         Write all or nothing and return the revision of this write.
 
-        Puts are bound to the lease, if there is one. Raises RaceLostError.
+        Puts are bound to the lease, if there is one. Raises RaceLostError, and
+        UnknownOutcomeError if the answer was lost.
         """
 
-    def watch(self, prefix: str, start: int) -> AsyncIterator[tuple[Event, ...]]:
+    def watch(
+        self, prefix: str, start: int, *, end: str = ""
+    ) -> AsyncIterator[tuple[Event, ...]]:
         """
         Yield what is written under the prefix from revision `start` on, in order.
+
+        With `end`, keys from there on (in byte order, prefix included) are left out.
 
         The events of one commit come together. Raises CompactedError if `start` is
         forgotten, StoreError when the connection is lost.

@@ -5,6 +5,9 @@ Keys, under a prefix of the store's own:
 
     cluster                            Cluster
     hosts/<host>                       Host
+    alive/<host>                       Alive         (on the host's lease)
+    fence/<host>                       Fence         (same lease; expected by commits)
+    kept/<host>                        Kept          (on a long lease)
     networks/<network>                 Network
     members/<network>/<host>           Member
     spaces/<space>                     Space: changed with every claim
@@ -12,6 +15,8 @@ Keys, under a prefix of the store's own:
     addresses/<space>/<cidr>/<ip>      Reservation   (create-only: the allocator)
     blocks/<space>/<cidr>/<block>      Block         (create-only)
     endpoints/<network>/<endpoint>     Endpoint
+    vnis/<vni>                         Vni           (create-only: the allocator)
+    watermarks/<host>                  Watermark     (last, so that a watch can end here)
 
 Values are JSON with the schema's version, `{"schema": 1, "record": {…}}`. A record of a
 newer schema is read as far as this version knows it, and never rewritten.
@@ -26,16 +31,21 @@ import msgspec
 
 from cnmdriver.errors import StoreError
 from cnmdriver.model import (
+    Alive,
     Block,
     Cluster,
     Endpoint,
+    Fence,
     Host,
     IPAddress,
     IPNetwork,
+    Kept,
     Member,
     Network,
     Pool,
     Reservation,
+    Vni,
+    Watermark,
 )
 
 SCHEMA = 1
@@ -53,6 +63,9 @@ R = TypeVar("R")
 TYPES: dict[str, type[Any]] = {
     "cluster": Cluster,
     "hosts": Host,
+    "alive": Alive,
+    "fence": Fence,
+    "kept": Kept,
     "networks": Network,
     "members": Member,
     "spaces": Space,
@@ -60,14 +73,43 @@ TYPES: dict[str, type[Any]] = {
     "addresses": Reservation,
     "blocks": Block,
     "endpoints": Endpoint,
+    "vnis": Vni,
+    "watermarks": Watermark,
 }
 
 CLUSTER = "cluster"
+WATERMARKS = "watermarks/"
+"""Behind all other keys: hosts write them often, and nobody follows them."""
 
 
 def host(name: str) -> str:
     """Return a host's key."""
     return f"hosts/{name}"
+
+
+def alive(host: str) -> str:
+    """Return the key that says a host's daemon runs."""
+    return f"alive/{host}"
+
+
+def fence(host: str) -> str:
+    """Return the key that every commit of a host expects."""
+    return f"fence/{host}"
+
+
+def kept(host: str) -> str:
+    """Return the key that says a host may come back."""
+    return f"kept/{host}"
+
+
+def vni(number: int) -> str:
+    """Return the key of a VXLAN network identifier."""
+    return f"vnis/{number}"
+
+
+def watermark(host: str) -> str:
+    """Return the key of what a host's kernel holds."""
+    return f"{WATERMARKS}{host}"
 
 
 def network(name: str) -> str:
