@@ -189,6 +189,17 @@ class Host:
     """RFC 7348's UDP port, or another that all hosts of a cluster use."""
     mtu: int = 1500
     """Of the device that has the VTEP address."""
+    namespace: str = "pynet"
+    """The network namespace that its overlays' devices are in."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Remote:
+    """What a host must know to reach another host's endpoint, or that host itself."""
+
+    mac: str
+    addresses: tuple[IPAddress, ...]
+    vtep: IPAddress
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,8 +266,6 @@ class Attachment:
     gateway4: IPv4Address | None = None
     gateway6: IPv6Address | None = None
     disable_gateway_service: bool = False
-
-
 
 
 def interface(address: IPAddress, pool: IPNetwork) -> IPInterface:

@@ -16,10 +16,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
-from cnmdriver.model import PROTOCOLS, IPAddress, IPInterface
+from cnmdriver.model import PROTOCOLS, IPAddress, IPInterface, IPNetwork
 
 HOST = "host"
 """Where an operation holds: here the namespace the daemon runs in."""
+FLOOD = "00:00:00:00:00:00"
+"""The address of a VXLAN device's entry for all frames it knows no other for."""
 
 GROUP = 0x706E
 """The link group that marks a device as pynet's ("pn")."""
@@ -43,14 +45,40 @@ class Op:
 
     def stands_on(self) -> tuple[Key, ...]:
         """Return the keys of the objects that must be there first."""
-        return ()
+        return () if self.where == HOST else (("namespace", HOST, self.where),)
 
     def commands(self) -> tuple[Command, ...]:
         """Return the commands that make it hold, as a person would type them."""
         raise NotImplementedError
 
+    def tool(self, program: str, *words: str) -> Command:
+        """Return a command of iproute2 that works where the operation holds."""
+        return (program, *(() if self.where == HOST else ("-n", self.where)), *words)
+
+    def inside(self, *words: str) -> Command:
+        """Return any other command, run where the operation holds."""
+        enter = () if self.where == HOST else ("ip", "netns", "exec", self.where)
+        return (*enter, *words)
+
 
 Plan = tuple[Op, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Namespace(Op):
+    """A network namespace of ours, under a name that `ip netns` knows."""
+
+    name: str
+
+    @property
+    def key(self) -> Key:
+        return ("namespace", self.where, self.name)
+
+    def commands(self) -> tuple[Command, ...]:
+        return (
+            ("ip", "netns", "add", self.name),
+            ("ip", "-n", self.name, "link", "set", "lo", "up"),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,12 +100,14 @@ class Sysctl(Op):
         return ("sysctl", self.where, self.path)
 
     def stands_on(self) -> tuple[Key, ...]:
-        return (("device", self.where, self.device),) if self.device else ()
+        if self.device:
+            return (("device", self.where, self.device),)
+        return Op.stands_on(self)
 
     def commands(self) -> tuple[Command, ...]:
         # The slash form of a name: device names may have dots. A device of less than
         # 1280 bytes has no IPv6, and no setting of it: that is no error.
-        return (("sysctl", "-qew", f"{self.path}={self.value}"),)
+        return (self.inside("sysctl", "-qew", f"{self.path}={self.value}"),)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +128,7 @@ class Bridge(Op):
         # The MTU comes last: a bridge without ports takes it only once it exists,
         # and setting it stops the kernel from following the smallest port. Below 1280
         # it takes IPv6 away, and with it what is set before.
-        link = ("ip", "link")
+        link = self.tool("ip", "link")
         return (
             (*link, "add", self.name, "address", self.mac, "group", str(GROUP))
             + ("type", "bridge", "mcast_snooping", "0"),
@@ -126,16 +156,18 @@ class Address(Op):
     def commands(self) -> tuple[Command, ...]:
         # A gateway's address is given by the store, so nobody need be asked for it.
         nodad = ("nodad",) if self.interface.version == 6 else ()
-        return (("ip", "addr", "add", str(self.interface), "dev", self.device, *nodad),)
+        place = (str(self.interface), "dev", self.device)
+        return (self.tool("ip", "addr", "add", *place, *nodad),)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Veth(Op):
     """
-    A pair: `name` is a port of the bridge, `peer` is what Docker moves away.
+    A pair: `name` is a port of the bridge, `peer` the end in the host's namespace.
 
-    The kernel does not show the far end once it is in a sandbox, so a found pair has
-    None for `peer` and `mac`.
+    Docker moves that end into a sandbox, or the host uses it itself (`Interface`). The
+    kernel does not show it once it is in a sandbox, so a found pair has None for `peer`
+    and `mac` then.
     """
 
     name: str
@@ -161,18 +193,165 @@ class Veth(Op):
         mtu, group = ("mtu", str(self.mtu)), ("group", str(GROUP))
         # A device of less than 1280 has no IPv6 at all.
         mode = ("addrgenmode", "none") if self.mtu >= 1280 else ()
-        port = (
-            ("hairpin", "on" if self.hairpin else "off")
-            + ("isolated", "on" if self.isolated else "off")
-        )  # fmt: skip
+        near = () if self.where == HOST else ("netns", self.where)
+        ip = self.tool("ip", "link", "set", self.name)
         return (
-            ("ip", "link", "add", self.name, *mtu, *group, "type", "veth", "peer")
-            + ("name", self.peer or "", *mtu, *group, "address", self.mac or ""),
-            ("ip", "link", "set", self.name, *mode, "master", self.bridge),
-            ("ip", "link", "set", self.name, "alias", self.alias or ""),
-            ("bridge", "link", "set", "dev", self.name, *port),
-            ("ip", "link", "set", self.name, "up"),
+            ("ip", "link", "add", self.name, *near, *mtu, *group, "type", "veth")
+            + ("peer", "name", self.peer or "", *mtu, *group)
+            + ("address", self.mac or ""),
+            (*ip, *mode, "master", self.bridge),
+            (*ip, "alias", self.alias or ""),
+            self.tool("bridge", "link", "set", "dev", self.name)
+            + port(hairpin=self.hairpin, isolated=self.isolated),
+            (*ip, "up"),
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interface(Op):
+    """The far end of a pair where the host itself uses it: up, and marked as ours."""
+
+    name: str
+    pair: Key
+    """The key of the `Veth` it is an end of; it comes and goes with that."""
+    up: bool = True
+    alias: str | None
+
+    @property
+    def key(self) -> Key:
+        return ("device", self.where, self.name)
+
+    def stands_on(self) -> tuple[Key, ...]:
+        return (self.pair,)
+
+    def commands(self) -> tuple[Command, ...]:
+        ip = self.tool("ip", "link", "set", self.name)
+        return (
+            (*ip, "addrgenmode", "none"),
+            (*ip, "alias", self.alias or ""),
+            (*ip, "up"),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vxlan(Op):
+    """
+    A VXLAN device that learns nothing, as a port of a bridge (RFC 7348).
+
+    It is made from the host's namespace, where its UDP socket stays. ARP and ND for
+    known addresses are answered by the bridge (`neigh_suppress`); with `flood` what is
+    unknown goes to every host.
+    """
+
+    name: str
+    vni: int
+    local: IPAddress
+    port: int
+    bridge: str
+    mtu: int
+    flood: bool = False
+    isolated: bool = False
+    up: bool = True
+    alias: str | None
+
+    REMAKE: ClassVar[frozenset[str]] = frozenset({"vni", "local", "port"})
+
+    @property
+    def key(self) -> Key:
+        return ("device", self.where, self.name)
+
+    def stands_on(self) -> tuple[Key, ...]:
+        return (("device", self.where, self.bridge),)
+
+    def commands(self) -> tuple[Command, ...]:
+        near = () if self.where == HOST else ("netns", self.where)
+        ip = self.tool("ip", "link", "set", self.name)
+        flood = "on" if self.flood else "off"
+        return (
+            ("ip", "link", "add", self.name, *near, "mtu", str(self.mtu))
+            + ("group", str(GROUP), "type", "vxlan", "id", str(self.vni))
+            + ("local", str(self.local), "dstport", str(self.port))
+            + ("nolearning", "ttl", "64"),
+            (*ip, "addrgenmode", "none", "master", self.bridge),
+            (*ip, "alias", self.alias or ""),
+            self.tool("bridge", "link", "set", "dev", self.name)
+            + ("learning", "off", "neigh_suppress", "on", "flood", flood)
+            + ("mcast_flood", flood, "bcast_flood", flood)
+            + ("isolated", "on" if self.isolated else "off"),
+            (*ip, "up"),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fdb(Op):
+    """
+    Where frames for a MAC go: out of a port, and on a VXLAN device, to which host.
+
+    With `dst` it is an entry of the VXLAN device itself (`self`), without one an entry
+    of the bridge the device is a port of (`master static`). `FLOOD` can have many.
+    """
+
+    device: str
+    mac: str
+    dst: IPAddress | None = None
+
+    @property
+    def key(self) -> Key:
+        kind = "master" if self.dst is None else "self"
+        many = (str(self.dst),) if self.mac == FLOOD else ()
+        return ("fdb", self.where, self.device, self.mac, kind, *many)
+
+    def stands_on(self) -> tuple[Key, ...]:
+        return (("device", self.where, self.device),)
+
+    def commands(self) -> tuple[Command, ...]:
+        verb = "append" if self.mac == FLOOD else "replace"
+        entry = self.tool("bridge", "fdb", verb, self.mac, "dev", self.device)
+        if self.dst is None:
+            return ((*entry, "master", "static"),)
+        return ((*entry, "dst", str(self.dst), "self", "permanent"),)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Neighbour(Op):
+    """Which MAC an address has, without asking: what a bridge answers ARP and ND by."""
+
+    device: str
+    address: IPAddress
+    mac: str
+
+    @property
+    def key(self) -> Key:
+        return ("neighbour", self.where, self.device, str(self.address))
+
+    def stands_on(self) -> tuple[Key, ...]:
+        return (("device", self.where, self.device),)
+
+    def commands(self) -> tuple[Command, ...]:
+        replace = (f"-{self.address.version}", "neigh", "replace", str(self.address))
+        entry = ("lladdr", self.mac, "dev", self.device, "nud", "permanent")
+        return (self.tool("ip", *replace, *entry),)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route(Op):
+    """A connected route of the host, with the address its own packets come from."""
+
+    destination: IPNetwork
+    device: str
+    source: IPAddress
+
+    @property
+    def key(self) -> Key:
+        return ("route", self.where, str(self.destination))
+
+    def stands_on(self) -> tuple[Key, ...]:
+        return (("device", self.where, self.device),)
+
+    def commands(self) -> tuple[Command, ...]:
+        replace = (f"-{self.destination.version}", "route", "replace")
+        words = (str(self.destination), "dev", self.device, "src", str(self.source))
+        return (self.tool("ip", *replace, *words),)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,7 +374,7 @@ class Table(Op):
         return ("table", self.where, self.family, self.name)
 
     def commands(self) -> tuple[Command, ...]:
-        return (("nft", self.text or ""),)
+        return (self.inside("nft", self.text or ""),)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,7 +407,7 @@ class Element(Op):
 
     def commands(self) -> tuple[Command, ...]:
         place = ("nft", "add", "element", self.family, self.table, self.set)
-        return ((*place, f"{{ {self.text} }}"),)
+        return (self.inside(*place, f"{{ {self.text} }}"),)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -282,6 +461,14 @@ class Hold(Op):
 
     def commands(self) -> tuple[Command, ...]:
         return ()
+
+
+def port(*, hairpin: bool, isolated: bool) -> Command:
+    """Return the words for how a bridge treats a port."""
+    flags = {"hairpin": hairpin, "isolated": isolated}
+    return tuple(
+        word for name, on in flags.items() for word in (name, "on" if on else "off")
+    )
 
 
 def differing(wanted: Op, found: Op) -> tuple[str, ...]:
