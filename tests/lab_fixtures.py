@@ -39,6 +39,15 @@ def make_module_lab(
         yield _factory(stack, tmp_path_factory.mktemp("labs"))
 
 
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Path]:
+    """Return a directory for a lab that is taken down whatever happens."""
+    directory = tmp_path / "place"
+    yield directory
+    if (directory / "lab.json").exists():
+        Lab.attach(directory).down()
+
+
 def _factory(stack: ExitStack, directory: Path) -> Callable[..., Lab]:
     def make(hosts: int = 1, **options: object) -> Lab:
         place = directory / f"lab{len(list(directory.iterdir()))}"

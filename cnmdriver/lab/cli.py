@@ -3,16 +3,20 @@
 import contextlib
 import os
 from collections.abc import Iterator
+from operator import methodcaller
 from pathlib import Path
 
 import click
 
-from cnmdriver.lab.lab import Lab
+from cnmdriver.lab.lab import MTU, Lab
 from cnmdriver.lab.machine import Machine
+from cnmdriver.lab.node import Node
 from cnmdriver.lab.process import LabError
+from cnmdriver.lab.underlay import Underlay
 
 DIRECTORY = Path("/run/pynet-lab")
 PASS_ON = {"ignore_unknown_options": True, "allow_interspersed_args": False}
+SERVING = ("up", "unhealthy")
 
 where = click.option(
     "--dir",
@@ -33,6 +37,13 @@ def lab() -> None:
 @where
 @click.option("--hosts", default=2, show_default=True, help="How many hosts.")
 @click.option(
+    "--etcd",
+    default=0,
+    show_default=True,
+    help="How many members the etcd cluster has that pynet keeps its records in.",
+)
+@click.option("--mtu", default=MTU, show_default=True, help="The underlay's MTU.")
+@click.option(
     "--dockerd",
     default="dockerd",
     show_default=True,
@@ -44,10 +55,14 @@ def lab() -> None:
     show_default=True,
     help="Whether each host runs pynet.",
 )
-def up(directory: Path, hosts: int, dockerd: str, *, serve: bool) -> None:
+def up(
+    directory: Path, hosts: int, etcd: int, mtu: int, dockerd: str, *, serve: bool
+) -> None:
     """Start the lab."""
     with _one_sentence():
-        made = Lab.create(directory, hosts, dockerd=dockerd, serve=serve)
+        made = Lab.create(
+            directory, hosts, etcd=etcd, mtu=mtu, dockerd=dockerd, serve=serve
+        )
         made.up()
         _print(made)
 
@@ -62,12 +77,12 @@ def down(directory: Path) -> None:
 
 @lab.command("exec", context_settings=PASS_ON)
 @where
-@click.argument("host")
+@click.argument("machine")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
-def execute(directory: Path, host: str, command: tuple[str, ...]) -> None:
-    """Run a command on a host, or in the `underlay`, which plays the outside."""
+def execute(directory: Path, machine: str, command: tuple[str, ...]) -> None:
+    """Run a command on a machine, or in the `underlay`, which plays the outside."""
     with _one_sentence():
-        _become(Lab.attach(directory).machine(host), *command)
+        _become(Lab.attach(directory).machine(machine), *command)
 
 
 @lab.command(context_settings=PASS_ON)
@@ -82,10 +97,62 @@ def docker(directory: Path, host: str, args: tuple[str, ...]) -> None:
 
 @lab.command("ls")
 @where
-def list_hosts(directory: Path) -> None:
-    """List the hosts of the lab."""
+def list_machines(directory: Path) -> None:
+    """List the machines of the lab, how they are, and who is cut from whom."""
     with _one_sentence():
         _print(Lab.attach(directory))
+
+
+def _add_machine_command(name: str, text: str) -> None:
+    @lab.command(name, help=text)
+    @where
+    @click.argument("machine")
+    def command(directory: Path, machine: str) -> None:
+        with _one_sentence():
+            methodcaller(name.replace("-", "_"))(Lab.attach(directory).node(machine))
+
+
+def _add_pair_command(name: str, text: str) -> None:
+    @lab.command(name, help=text)
+    @where
+    @click.argument("first")
+    @click.argument("second")
+    def command(directory: Path, first: str, second: str) -> None:
+        with _one_sentence():
+            methodcaller(name, first, second)(Lab.attach(directory))
+
+
+def _add_daemon_command(name: str, states: tuple[str, ...], text: str) -> None:
+    @lab.command(name, help=f"{text} Without its name: all of the machine's.")
+    @where
+    @click.argument("machine")
+    @click.argument("daemon", required=False)
+    def command(directory: Path, machine: str, daemon: str | None) -> None:
+        with _one_sentence():
+            node = Lab.attach(directory).node(machine)
+            for chosen in [daemon] if daemon else _in_state(node, states):
+                methodcaller(name, chosen)(node)
+
+
+_add_machine_command("unplug", "Pull out the cable of a host or member.")
+_add_machine_command("plug", "Put the cable of a host or member back.")
+_add_machine_command("power-cut", "End a host or member at once, with all it runs.")
+_add_machine_command("power-on", "Boot a host or member, with its disk as it was.")
+_add_pair_command("cut", "Drop all that two machines send each other.")
+_add_pair_command("mend", "Let two machines reach each other again.")
+_add_daemon_command("start", ("down",), "Start dockerd, pynet or etcd.")
+_add_daemon_command("stop", SERVING, "End a daemon with SIGTERM.")
+_add_daemon_command("kill", (*SERVING, "paused"), "Kill a daemon: no last words.")
+_add_daemon_command("pause", SERVING, "Make a daemon hang.")
+_add_daemon_command("resume", ("paused",), "Let a paused daemon go on.")
+
+
+def _in_state(node: Node, states: tuple[str, ...]) -> list[str]:
+    """Return the daemons of a machine that a command without a daemon is about."""
+    found = [name for name in node.programs if node.state(name) in states]
+    if not found:
+        raise LabError(f"no daemon on {node.name} is {' or '.join(states)}")
+    return found
 
 
 def _become(machine: Machine, *command: str) -> None:
@@ -94,21 +161,22 @@ def _become(machine: Machine, *command: str) -> None:
 
 
 def _print(shown: Lab) -> None:
-    row = "{:<10} {:<14} {:<18} {:<5} {:<8} {}".format
-    click.echo(row("HOST", "ADDRESS", "IPV6", "POWER", "DOCKERD", "PYNET"))
-    outside = shown.outside
-    power = "on" if outside.is_on else "off"
-    click.echo(
-        row(outside.name, str(outside.address4), str(outside.address6), power, "-", "-")
-    )
-    for host in shown.hosts:
-        docker_state = pynet_state = power = "off"
-        if host.is_on:
-            power = "on"
-            docker_state = "up" if host.docker_answers() else "down"
-            pynet_state = "up" if host.pynet_answers() else "down"
-        addresses = (str(host.address4), str(host.address6))
-        click.echo(row(host.name, *addresses, power, docker_state, pynet_state))
+    row = "{:<10} {:<14} {:<18} {:<5} {}".format
+    click.echo(row("MACHINE", "ADDRESS", "IPV6", "POWER", "DAEMONS"))
+    machines: tuple[Underlay | Node, ...] = (shown.outside, *shown.nodes)
+    for machine in machines:
+        addresses = (str(machine.address4), str(machine.address6))
+        power = "on" if machine.is_on else "off"
+        click.echo(row(machine.name, *addresses, power, _daemons(machine)))
+    if shown.outside.is_on:
+        for pair in sorted(map(sorted, shown.outside.cuts())):
+            click.echo(f"{pair[0]} and {pair[1]} are cut from each other")
+
+
+def _daemons(machine: Underlay | Node) -> str:
+    if isinstance(machine, Underlay) or not machine.is_on:
+        return "-"
+    return ", ".join(f"{name} {machine.state(name)}" for name in machine.programs)
 
 
 @contextlib.contextmanager

@@ -3,21 +3,20 @@
 import os
 import signal
 import socket
-import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Interface, IPv6Interface
 from pathlib import Path
 
 import cnmdriver
 from cnmdriver.lab import image, process
-from cnmdriver.lab.machine import Machine, end_process, wait_until
+from cnmdriver.lab.machine import wait_until
+from cnmdriver.lab.node import Node, Program
 from cnmdriver.lab.process import Completed, LabError
 from cnmdriver.lab.underlay import Underlay
 
 DOCKER_SOCKET = "/run/docker.sock"
 PLUGIN_SOCKET = "/run/docker/plugins/pynet.sock"
-START_TIMEOUT = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,18 +27,12 @@ class Software:
     dockerd_args: tuple[str, ...]
     daemon: tuple[str, ...]
     pynet_args: tuple[str, ...]
+    serve: bool
+    endpoints: tuple[str, ...]
     cgroup: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Service:
-    """A running daemon: what to wait for, and what to send signals to."""
-
-    process: subprocess.Popen[str]
-    pid: int
-
-
-class Host(Machine):
+class Host(Node):
     """A machine on the underlay that runs dockerd and pynet."""
 
     def __init__(
@@ -50,55 +43,18 @@ class Host(Machine):
         software: Software,
     ) -> None:
         """Describe a host; it is made by `boot`."""
-        super().__init__(underlay.lab, name)
-        self.underlay = underlay
-        self.interfaces = addresses
-        self.address4 = addresses[0].ip
-        self.address6 = addresses[1].ip
+        super().__init__(underlay, name, addresses)
         self.software = software
         self.cgroup = f"{software.cgroup}/{name}"
-        self._services: dict[str, Service] = {}
-
-    def boot(self) -> None:
-        """Make the namespaces and the link to the underlay; start no daemon."""
-        super().boot()
-        self.underlay.disconnect(self.name)
-        self.underlay.connect(self)
-        address4, address6 = self.interfaces
-        # Namespaces inherit this from the real machine, and dockerd's FORWARD policy
-        # depends on it.
-        self.sysctl("net.ipv4.ip_forward", "0")
-        self.exec(
-            "ip",
-            "-batch",
-            "-",
-            input=f"""
-link set lo up
-addr add {address4} dev eth0
-addr add {address6} dev eth0 nodad
-link set eth0 up
-route add default via {self.underlay.address4}
-route add ::/0 via {self.underlay.address6}
-""",
-        )
-        self._write_names()
+        # As on a real host: what Docker starts again needs its networks' driver.
+        self.programs = {"pynet": self._pynet, "dockerd": self._dockerd}
+        self.at_boot = ("pynet", "dockerd") if software.serve else ("dockerd",)
 
     def power_cut(self) -> None:
         """Kill the host with all that runs in it, at once; `boot` starts it again."""
         super().power_cut()
-        self._services.clear()
-        if self.underlay.is_on:
-            self.underlay.disconnect(self.name)
         # A real host's control groups would be gone as well.
         wait_until(lambda: process.remove_cgroup(self.cgroup), 5.0)
-
-    def unplug(self) -> None:
-        """Cut the cable between this host and the underlay."""
-        self.underlay.unplug(self.name)
-
-    def plug(self) -> None:
-        """Mend the cable between this host and the underlay."""
-        self.underlay.plug(self.name)
 
     def docker(
         self,
@@ -120,58 +76,43 @@ route add ::/0 via {self.underlay.address6}
         command = [word for word in self.software.daemon if word != "serve"]
         return self.exec(*command, *args, check=check, timeout=timeout)
 
+    def start(
+        self, name: str, args: Sequence[str] = (), env: Mapping[str, str] | None = None
+    ) -> None:
+        """Start dockerd or pynet; a started dockerd has the image."""
+        if name != "dockerd":
+            super().start(name, args, env)
+            return
+        super().start(name, [f"--storage-driver={self._storage_driver()}", *args], env)
+        self._import_image()
+
     def start_dockerd(
         self, args: Sequence[str] = (), env: Mapping[str, str] | None = None
     ) -> None:
         """Start dockerd; return when its API answers and the image is there."""
-        program = self.software.dockerd
-        argv = [
-            program,
-            f"--host=unix://{DOCKER_SOCKET}",
-            "--pidfile=/run/docker.pid",
-            "--exec-opt=native.cgroupdriver=cgroupfs",
-            f"--cgroup-parent={self.cgroup}",
-            f"--storage-driver={self._storage_driver()}",
-            *self.software.dockerd_args,
-            *args,
-        ]
-        path = os.environ.get("PATH", os.defpath)
-        if "/" in program:
-            # containerd and runc of the same build lie beside it.
-            path = f"{Path(program).parent}:{path}"
-        # A killed dockerd leaves its socket, so that the file alone says nothing.
-        self._start("dockerd", argv, {"PATH": path, **(env or {})}, self.docker_answers)
-        self._import_image()
+        self.start("dockerd", args, env)
 
-    def stop_dockerd(self, signum: int = signal.SIGTERM) -> int:
+    def stop_dockerd(self, signum: int = signal.SIGTERM) -> int | None:
         """Send dockerd a signal, wait for its end and return its exit code."""
-        return self._stop("dockerd", signum)
+        return self.stop("dockerd", signum)
 
     def kill_dockerd(self) -> None:
         """Kill dockerd; its containers live on."""
-        self._stop("dockerd", signal.SIGKILL)
+        self.kill("dockerd")
 
     def start_pynet(
         self, args: Sequence[str] = (), env: Mapping[str, str] | None = None
     ) -> None:
         """Start pynet; return when its plugin socket accepts connections."""
-        argv = [*self.software.daemon, *self.software.pynet_args, *args]
-        self._start("pynet", argv, env or {}, self.pynet_answers)
+        self.start("pynet", args, env)
 
-    def stop_pynet(self, signum: int = signal.SIGTERM) -> int:
+    def stop_pynet(self, signum: int = signal.SIGTERM) -> int | None:
         """Send pynet a signal, wait for its end and return its exit code."""
-        return self._stop("pynet", signum)
+        return self.stop("pynet", signum)
 
     def kill_pynet(self) -> None:
         """Kill pynet, so that it cannot clean up."""
-        self._stop("pynet", signal.SIGKILL)
-
-    def service_pid(self, name: str) -> int:
-        """Return the id of the running `dockerd` or `pynet`, as seen from outside."""
-        service = self._services.get(name)
-        if service is None or service.process.poll() is not None:
-            raise LabError(f"{name} does not run on {self.name}")
-        return service.pid
+        self.kill("pynet")
 
     def docker_answers(self) -> bool:
         """Ask dockerd whether it serves its API."""
@@ -188,49 +129,33 @@ route add ::/0 via {self.underlay.address6}
         package = str(Path(str(cnmdriver.__file__)).parent.parent)
         known = env.get("PYTHONPATH")
         env["PYTHONPATH"] = f"{package}:{known}" if known else package
+        if self.software.endpoints:
+            env["ETCDCTL_ENDPOINTS"] = ",".join(self.software.endpoints)
         return env | dict(extra or {})
 
-    def _start(
-        self,
-        name: str,
-        argv: list[str],
-        env: Mapping[str, str],
-        ready: Callable[[], bool],
-    ) -> None:
-        known = self._services.get(name)
-        if known is not None and known.process.poll() is None:
-            raise LabError(f"{name} runs on {self.name} already: stop it first")
-        with (self.directory / f"{name}.log").open("a", encoding="utf-8") as log:
-            child = subprocess.Popen(
-                self.enter(*argv),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                text=True,
-                env=self.environment(env),
-                start_new_session=True,
-            )
-        self._children.append(child)
+    def _pynet(self) -> Program:
+        argv = [*self.software.daemon, *self.software.pynet_args]
+        chosen = any(word.partition("=")[0] == "--store" for word in argv)
+        if self.software.endpoints and not chosen:
+            argv += ["--store", f"etcd://{','.join(self.software.endpoints)}"]
+        return Program(argv=argv, ready=self.pynet_answers)
 
-        def ended_or_ready() -> bool:
-            return child.poll() is not None or ready()
-
-        answered = wait_until(ended_or_ready, START_TIMEOUT)
-        pid = process.child_of(child.pid)
-        if not answered or pid is None:
-            if pid is not None:
-                end_process(child, pid, signal.SIGKILL)
-            raise LabError(
-                f"{name} did not start on {self.name} within {START_TIMEOUT} s; "
-                f"its log ends with:\n{self.log_tail(name)}"
-            )
-        self._services[name] = Service(process=child, pid=pid)
-
-    def _stop(self, name: str, signum: int) -> int:
-        service = self._services.pop(name, None)
-        if service is None:
-            raise LabError(f"{name} does not run on {self.name}")
-        return end_process(service.process, service.pid, signum)
+    def _dockerd(self) -> Program:
+        program = self.software.dockerd
+        argv = (
+            program,
+            f"--host=unix://{DOCKER_SOCKET}",
+            "--pidfile=/run/docker.pid",
+            "--exec-opt=native.cgroupdriver=cgroupfs",
+            f"--cgroup-parent={self.cgroup}",
+            *self.software.dockerd_args,
+        )
+        path = os.environ.get("PATH", os.defpath)
+        if "/" in program:
+            # containerd and runc of the same build lie beside it.
+            path = f"{Path(program).parent}:{path}"
+        # A killed dockerd leaves its socket, so that the file alone says nothing.
+        return Program(argv=argv, env={"PATH": path}, ready=self.docker_answers)
 
     def _ask(self, path: str, request: bytes) -> bytes:
         with socket.socket(socket.AF_UNIX) as client:
@@ -273,11 +198,3 @@ route add ::/0 via {self.underlay.address6}
         )
         if done.returncode:
             raise LabError(f"{self.name} cannot import its image: {done.stderr}")
-
-    def _write_names(self) -> None:
-        """Name the host, and send questions about other names where nobody answers."""
-        etc = self.socket("/etc")
-        for name in ("hosts", "resolv.conf"):
-            (etc / name).unlink(missing_ok=True)
-        (etc / "hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 {self.name}\n")
-        (etc / "resolv.conf").write_text(f"nameserver {self.underlay.address4}\n")

@@ -9,8 +9,8 @@ reaps. When it is killed the kernel kills all others: that is a power cut.
 
 What the machine has of its own:
 
-- `/run` is empty at every boot; `/etc/docker`, `/etc/pynet`, `/var/lib/docker` and
-  `/var/lib/pynet` lie in the lab's directory and survive a power cut.
+- `/run` is empty at every boot; `/etc/docker`, `/etc/pynet`, and `docker`, `etcd` and
+  `pynet` in `/var/lib` lie in the lab's directory and survive a power cut.
 - `/etc`, `/opt` and `/var/lib` are the real ones seen through an overlay in memory, so
   that whatever a daemon writes there is gone with the machine.
 - `/proc` and `/sys` show its own processes and devices; what was mounted below `/sys`,
@@ -44,6 +44,7 @@ KEPT = {
     "etc-docker": "/etc/docker",
     "etc-pynet": "/etc/pynet",
     "docker": "/var/lib/docker",
+    "etcd": "/var/lib/etcd",
     "pynet": "/var/lib/pynet",
 }
 OVERLAID = ("/etc", "/opt", "/var/lib")

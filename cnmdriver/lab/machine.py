@@ -1,12 +1,15 @@
 """A machine of the lab: namespaces with a private /run, and programs run in them."""
 
+import ctypes
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from cnmdriver.lab import process
@@ -14,6 +17,9 @@ from cnmdriver.lab.process import Completed, LabError
 
 BOOT_TIMEOUT = 10.0
 POLL = 0.02
+CLONE_NEWNET = 0x40000000
+
+Connection = socket.socket
 
 
 def wait_until(done: Callable[[], bool], timeout: float) -> bool:
@@ -81,7 +87,7 @@ class Machine:
         if self._init is None or not Path(f"/proc/{self._init}").exists():
             self._init = process.inner_process(self.lab, self.name)
         if self._init is None:
-            raise LabError(f"{self.name} is off: start it first")
+            raise LabError(f"{self.name} is off: switch it on first")
         return self._init
 
     @property
@@ -93,6 +99,12 @@ class Machine:
         """Return where a path of the machine is found from outside."""
         return Path(f"/proc/{self.pid}/root{path}")
 
+    def tcp_socket(self) -> Connection:
+        """Return an IPv4 TCP socket that connects from the machine."""
+        # A thread of its own, as it stays in the network it has entered.
+        with ThreadPoolExecutor(1) as thread, Path(self.netns).open() as netns:
+            return thread.submit(_socket_in, netns.fileno()).result()
+
     def enter(self, *argv: str) -> list[str]:
         """Return the command that runs a command in the machine."""
         flags = ("--net", "--mount", "--pid", "--uts", "--ipc")
@@ -100,7 +112,7 @@ class Machine:
 
     def environment(self, extra: Mapping[str, str] | None = None) -> dict[str, str]:
         """Return the environment of programs in the machine."""
-        foreign = ("DOCKER_", "PYNET_", "CONTAINERD_")
+        foreign = ("DOCKER_", "PYNET_", "CONTAINERD_", "ETCD")
         env = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
         env["DOCKER_CONFIG"] = "/etc/docker/cli"
         return env | dict(extra or {})
@@ -148,7 +160,7 @@ class Machine:
         return self.exec("cat", path).stdout.strip()
 
     def log(self, name: str) -> str:
-        """Return all that a program of the machine has logged: boot, dockerd, pynet."""
+        """Return all that a program of the machine has logged: boot, dockerd, …."""
         path = self.directory / f"{name}.log"
         return path.read_text(errors="replace") if path.exists() else ""
 
@@ -166,6 +178,9 @@ class Machine:
         # The outer process waits for the inner one, which ends when all is gone.
         for pid in [pid for pid in mine if process.is_first(pid)] or mine:
             process.kill(pid)
+        for waiter in process.titled(f"@{self.directory}"):
+            # Stopped with the daemon that it waits for, if that was paused.
+            process.send(waiter, signal.SIGCONT)
         return not mine
 
     def _wait_off(self, spaces: frozenset[str]) -> None:
@@ -178,6 +193,13 @@ class Machine:
                 process.kill(pid)
             if not wait_until(gone, 5.0):
                 raise LabError(f"processes of {self.name} do not end")
+
+
+def _socket_in(netns: int) -> Connection:
+    if ctypes.CDLL(None, use_errno=True).setns(netns, CLONE_NEWNET):
+        code = ctypes.get_errno()
+        raise LabError(f"the network cannot be entered: {os.strerror(code)}")
+    return Connection()
 
 
 def _says_ready(child: subprocess.Popen[str]) -> bool:
@@ -195,14 +217,3 @@ def _says_ready(child: subprocess.Popen[str]) -> bool:
                 return False
             text += more
     return True
-
-
-def end_process(child: subprocess.Popen[str], pid: int, signum: int) -> int:
-    """Send a signal to a command run through `enter`; return its exit code."""
-    if child.poll() is None:
-        os.kill(pid, signum)
-    timeout = 5.0 if signum == signal.SIGKILL else 40.0
-    try:
-        return child.wait(timeout)
-    except subprocess.TimeoutExpired:
-        raise LabError(f"process {pid} did not end within {timeout} s") from None

@@ -64,14 +64,25 @@ def is_first(pid: int) -> bool:
     return False
 
 
+def titled(title: str) -> list[int]:
+    """Return the processes whose first argument ends with a text."""
+    return [pid for pid in processes() if _arguments(pid)[0].endswith(title)]
+
+
 def child_of(parent: int) -> int | None:
     """Return the id of one child of a process, or None if it has none."""
-    for pid in processes():
-        with contextlib.suppress(OSError):
-            stat = Path(f"/proc/{pid}/stat").read_text(encoding="latin-1")
-            if int(stat.rpartition(")")[2].split()[1]) == parent:
-                return pid
-    return None
+    wanted = str(parent)
+    return next((pid for pid in processes() if _status(pid)[1] == wanted), None)
+
+
+def is_stopped(pid: int) -> bool:
+    """Tell whether a process is stopped by a signal."""
+    return _status(pid)[0] == "T"
+
+
+def has_ended(pid: int) -> bool:
+    """Tell whether a process is gone, or only waits for somebody to ask for its end."""
+    return _status(pid)[0] in {"", "Z"}
 
 
 def namespaces_of(pid: int) -> frozenset[str]:
@@ -108,8 +119,13 @@ def members(namespaces: frozenset[str]) -> list[int]:
 
 def kill(pid: int) -> None:
     """Kill a process at once; one that is gone already is no error."""
+    send(pid, signal.SIGKILL)
+
+
+def send(pid: int, signum: int) -> None:
+    """Send a process a signal; one that is gone already is no error."""
     with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, signum)
 
 
 def remove_cgroup(path: str) -> bool:
@@ -162,4 +178,13 @@ def _arguments(pid: int) -> list[str]:
     with contextlib.suppress(OSError):
         raw = Path(f"/proc/{pid}/cmdline").read_bytes()
         return os.fsdecode(raw).rstrip("\0").split("\0")
-    return []
+    return [""]
+
+
+def _status(pid: int) -> tuple[str, str]:
+    """Return the state and the parent of a process; of one that is gone, nothing."""
+    with contextlib.suppress(OSError):
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="latin-1")
+        state, parent = stat.rpartition(")")[2].split()[:2]
+        return state, parent
+    return "", ""
