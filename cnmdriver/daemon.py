@@ -17,9 +17,10 @@ import socket
 import stat
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from importlib import metadata
+from ipaddress import ip_address
 from pathlib import Path
 
 import structlog
@@ -29,17 +30,19 @@ from cnmdriver.admin.app import application as admin_application
 from cnmdriver.api import app as api
 from cnmdriver.dataplane.kernel import Kernel
 from cnmdriver.dockerapi import DockerApi
+from cnmdriver.driver.hosts import Hosts, Wish
 from cnmdriver.driver.ipam import IpamDriver
 from cnmdriver.driver.network import NetworkDriver
 from cnmdriver.driver.site import Site
 from cnmdriver.driver.sync import Sync
-from cnmdriver.errors import DriverError, InvalidParameter
-from cnmdriver.model import Host
+from cnmdriver.errors import DriverError, InvalidParameter, StoreError
+from cnmdriver.model import Host, IPAddress
 from cnmdriver.plan import pools
 from cnmdriver.settings import Settings
-from cnmdriver.store import records
+from cnmdriver.store import etcd, records
 from cnmdriver.store.base import Store
 from cnmdriver.store.local import LocalDatabase
+from cnmdriver.store.session import Session
 from cnmdriver.store.sqlite import SqliteStore
 from cnmdriver.store.state import State
 
@@ -47,6 +50,8 @@ NAME = "\0pynet"
 """The abstract socket that the one daemon of a network namespace holds."""
 BUSY = 2
 """Exit code for settings that cannot work, and for a second daemon."""
+PATIENCE = 20.0
+"""Seconds to wait at start for a store that does not answer yet."""
 
 log = structlog.get_logger()
 
@@ -59,12 +64,14 @@ async def no_step(name: str) -> None:
 def run(settings: Settings) -> int:
     """Serve until told to stop; return the exit code."""
     configure_logs(settings)
+    code = 0
     try:
         asyncio.run(serve(settings))
-    except DriverError as error:
-        print(f"pynet: {error}", file=sys.stderr)  # noqa: T201
-        return BUSY
-    return 0
+    except* DriverError as errors:
+        code = BUSY
+        for error in errors.exceptions:
+            print(f"pynet: {error}", file=sys.stderr)  # noqa: T201
+    return code
 
 
 async def serve(settings: Settings) -> None:
@@ -96,18 +103,29 @@ def raise_limits() -> None:
 class Daemon:
     """All parts, wired."""
 
-    def __init__(self, settings: Settings, site: Site) -> None:
-        """Build the drivers on a site."""
+    def __init__(
+        self,
+        settings: Settings,
+        site: Site,
+        *,
+        session: Session | None = None,
+        hosts: Hosts | None = None,
+    ) -> None:
+        """Build the drivers on a site; on a shared store, with its session."""
         self.settings = settings
         self.site = site
+        self.session = session
+        self.hosts = hosts
         self.started = time.monotonic()
-        networks = NetworkDriver(site)
+        networks = NetworkDriver(site, mode="overlay" if session else "bridge")
+        self.remotes = networks.remotes
         ranges = [pools.parse_range(t) for t in settings.default_pools.split(",")]
         ipam = IpamDriver(site, ranges, networks)
         docker = DockerApi(settings.docker) if settings.docker else None
         self.sync = Sync(
             site, networks, ipam, docker, grace=settings.grace, audit=settings.audit
         )
+        self.remotes.alarm = self.sync.wake
         self.driver = Path(settings.socket).stem
         self.plugin = api.runner(
             api.application(
@@ -132,6 +150,7 @@ class Daemon:
             "uptime": time.monotonic() - self.started,
             "store": self.settings.store_url,
             "docker": "connected" if self.sync.inventory is not None else docker,
+            "hidden": self.session is not None and self.session.hidden,
             "orphans": list(self.sync.orphans),
             "problems": list(self.sync.problems),
         }
@@ -139,18 +158,50 @@ class Daemon:
     async def until(self, stop: asyncio.Event) -> None:
         """Run the loops until the event; if one fails, all end and the daemon too."""
         async with asyncio.TaskGroup() as group:
-            loops = [
-                group.create_task(self.sync.run()),
-                group.create_task(self.sync.listen(self.driver)),
-                group.create_task(self.site.state.follow()),
+            works = [
+                self.sync.run(),
+                self.sync.listen(self.driver),
+                self.site.state.follow(),
+                self.remotes.run(),
             ]
+            if self.session is not None and self.hosts is not None:
+                works += [self.session.run(), self.hosts.run()]
+            loops = [group.create_task(work) for work in works]
             await stop.wait()
             for task in loops:
                 task.cancel()
 
 
 async def build(settings: Settings, stack: AsyncExitStack) -> Daemon:
-    """Open state and kernel; what was opened is closed with the stack."""
+    """Open kernel and state; what was opened is closed with the stack."""
+    boot, local, kernel = await open_host(settings, stack)
+    store, members = open_store(settings)
+    await patiently(store.open)
+    stack.push_async_callback(store.close)
+    session = Session(store, local.host, boot) if store.shared else None
+    if session is not None:
+        await patiently(session.open)
+        stack.push_async_callback(session.rest)
+    state = State(store, local, no_step, lambda: None, session=session)
+    await patiently(state.open)
+    host = Host(
+        id=local.host,
+        name=settings.name,
+        version=version(),
+        vxlan_port=settings.vxlan_port,
+        namespace=settings.namespace,
+    )
+    site = Site(host=host, boot=boot, state=state, dataplane=kernel)
+    if session is None:
+        return await alone(settings, site)
+    wish = Wish(vtep=settings.vtep, towards=await resolved(members))
+    return await in_cluster(settings, session, Hosts(site, wish))
+
+
+async def open_host(
+    settings: Settings, stack: AsyncExitStack
+) -> tuple[str, LocalDatabase, Kernel]:
+    """Open what is this host's own: boot id, local database, kernel."""
     state_dir, run_dir = Path(settings.state_dir), Path(settings.run_dir)
     for directory in (state_dir, run_dir):
         make_private(directory)
@@ -163,33 +214,88 @@ async def build(settings: Settings, stack: AsyncExitStack) -> Daemon:
     local = LocalDatabase(state_dir / "local.db")
     await local.open()
     stack.push_async_callback(local.close)
-    store = open_store(settings.store_url)
-    await store.open()
-    stack.push_async_callback(store.close)
-    kernel = Kernel(host=local.host, run_dir=run_dir, step=no_step)
+    kernel = Kernel(
+        host=local.host, run_dir=run_dir, step=no_step, namespace=settings.namespace
+    )
     await kernel.open()
     stack.push_async_callback(kernel.close)
-    state = State(store, local, no_step, lambda: None)
-    await state.open()
-    host = Host(id=local.host, name=settings.name, version=version())
+    return boot, local, kernel
+
+
+async def alone(settings: Settings, site: Site) -> Daemon:
+    """Make the daemon of a host that has a store of its own."""
+    host, state = site.host, site.state
     await state.commit(lambda draft: draft.put(records.host(host.id), host))
-    site = Site(
-        host=host,
-        boot=boot,
-        state=state,
-        dataplane=kernel,
-    )
     daemon = Daemon(settings, site)
     state.changed = daemon.sync.wake
     return daemon
 
 
-def open_store(url: str) -> Store:
-    """Choose the backend by its address."""
-    scheme, _, rest = url.partition("://")
+async def in_cluster(settings: Settings, session: Session, hosts: Hosts) -> Daemon:
+    """Make the daemon of a host among others; raises Conflict if it cannot be."""
+    try:
+        await hosts.publish()
+    except DriverError:
+        await session.leave()
+        raise
+    daemon = Daemon(settings, hosts.site, session=session, hosts=hosts)
+    hosts.site.state.changed = daemon.remotes.wake
+    hosts.moved = daemon.sync.wake
+    return daemon
+
+
+async def patiently(work: Callable[[], Awaitable[None]]) -> None:
+    """Do what needs the store, again for a while if it does not answer."""
+    latest = time.monotonic() + PATIENCE
+    while True:
+        try:
+            await work()
+        except StoreError as error:
+            if time.monotonic() >= latest:
+                raise
+            log.warning("store.away", error=str(error))
+            await asyncio.sleep(1)
+        else:
+            return
+
+
+def open_store(settings: Settings) -> tuple[Store, tuple[str, ...]]:
+    """Choose the backend by its address; return it and where its members are."""
+    scheme, _, rest = settings.store_url.partition("://")
     if scheme == "sqlite" and rest.startswith("/"):
-        return SqliteStore(Path(rest))
-    raise InvalidParameter(f"store {url!r}: give sqlite:///absolute/path")
+        return SqliteStore(Path(rest)), ()
+    if scheme not in {"etcd", "etcds"}:
+        raise InvalidParameter(
+            f"store {settings.store!r}: give etcd://HOST:PORT,… or "
+            "sqlite:///absolute/path"
+        )
+    options = etcd.read_url(
+        settings.store_url,
+        prefix=settings.store_prefix,
+        ca=settings.store_ca,
+        cert=settings.store_cert,
+        key=settings.store_key,
+        user=settings.store_user,
+        password_file=settings.store_password_file,
+    )
+    # It loads grpc, which takes time and memory that one host alone need not spend.
+    from cnmdriver.store.etcd.store import EtcdStore  # noqa: PLC0415
+
+    return EtcdStore(options), options.endpoints
+
+
+async def resolved(members: Iterable[str]) -> tuple[IPAddress, ...]:
+    """Return the addresses of etcd's members, as far as their names are known."""
+    loop = asyncio.get_running_loop()
+    found: dict[IPAddress, None] = {}
+    for member in members:
+        name = member.rpartition(":")[0].strip("[]")
+        with contextlib.suppress(OSError, TimeoutError):
+            async with asyncio.timeout(2):
+                answers = await loop.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+            for *_, place in answers:
+                found[ip_address(str(place[0]).partition("%")[0])] = None
+    return tuple(found)
 
 
 def version() -> str:

@@ -194,6 +194,15 @@ class Host:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Underlay:
+    """The device that a host's tunnels go by, and the address they come from."""
+
+    address: IPAddress
+    device: str
+    mtu: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Remote:
     """What a host must know to reach another host's endpoint, or that host itself."""
 
@@ -215,6 +224,8 @@ class Alive:
     """A random value of the process."""
     boot: str
     resting: bool = False
+    since: float = 0.0
+    """Seconds of Unix time, by the host's own clock: for people, decides nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -37,9 +37,28 @@ class Settings:
     state_dir: str = setting("/var/lib/pynet", "what outlives a reboot")
     run_dir: str = setting("/run/pynet", "what does not: admin socket, boot id")
     store: str = setting(
-        "", "shared state: sqlite:///PATH; empty is store.db in the state directory"
+        "",
+        "where hosts agree: etcd://HOST:PORT,… (etcds:// with TLS), or sqlite:///PATH "
+        "for one host; empty is store.db in the state directory",
     )
+    store_prefix: str = setting(
+        "/pynet/v1/", "keys of this cluster in etcd; several clusters can share one"
+    )
+    store_ca: str = setting("", "file with the CA that etcd's certificates are of")
+    store_cert: str = setting("", "file with this host's certificate for etcd")
+    store_key: str = setting("", "file with the certificate's key")
+    store_user: str = setting("", "user of etcd")
+    store_password_file: str = setting("", "file with the user's password, alone")
     host_name: str = setting("", "this host's name; empty is the machine's own")
+    vtep: str = setting(
+        "",
+        "address or device of this host's end of the tunnels; empty is the one that "
+        "leads to etcd, or else to the default route",
+    )
+    vxlan_port: int = setting(4789, "UDP port of the tunnels, the same on all hosts")
+    namespace: str = setting(
+        "pynet", "network namespace for the devices of overlay networks"
+    )
     docker: str = setting(
         "unix:///run/docker.sock", "Docker's API, for names and audits; empty is off"
     )
@@ -119,6 +138,8 @@ def check(source: str, name: str, value: Any) -> Any:
     choices = FIELDS[name].metadata["choices"]
     if isinstance(default, float):
         return seconds(source, name, value)
+    if isinstance(default, int):
+        return port(source, name, value)
     if not isinstance(value, str):
         raise InvalidParameter(f"{source}: {name} must be text, not {value!r}")
     if choices and value not in choices:
@@ -126,10 +147,20 @@ def check(source: str, name: str, value: Any) -> Any:
     return value
 
 
+def port(source: str, name: str, value: Any) -> int:
+    """Read the number of a UDP port."""
+    text = "" if isinstance(value, bool) else str(value)
+    if not (text.isascii() and text.isdigit() and 0 < int(text[:6]) < 1 << 16):
+        raise InvalidParameter(
+            f"{source}: {name} must be a port from 1 to 65535, not {value!r}"
+        )
+    return int(text)
+
+
 def seconds(source: str, name: str, value: Any) -> float:
     """Read a positive number of seconds."""
     try:
-        number = float(value)
+        number = 0.0 if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
         number = 0.0
     if not 0 < number < float("inf"):

@@ -1,21 +1,26 @@
 """Small honest stand-ins for the kernel, and a whole driver built on them."""
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from ipaddress import ip_network
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field, replace
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 
 from cnmdriver.driver.ipam import IpamDriver
 from cnmdriver.driver.network import NetworkDriver
-from cnmdriver.driver.site import Site
+from cnmdriver.driver.site import Site, Underlay
 from cnmdriver.errors import Conflict, KernelError
-from cnmdriver.model import Host, IPNetwork
+from cnmdriver.model import Alive, Host, IPAddress, IPNetwork
 from cnmdriver.plan import pools
 from cnmdriver.plan.ops import Hold, Key, Op, Plan, Sysctl
+from cnmdriver.store import records
+from cnmdriver.store.base import Change, Event, Lease, Listing
 from cnmdriver.store.local import LocalDatabase
 from cnmdriver.store.sqlite import SqliteStore
 from cnmdriver.store.state import State
+from cnmdriver.store.view import Draft
 
 POOLS = "10.200.0.0/16/24,fd70:796e:6574::/48/64"
 
@@ -33,6 +38,7 @@ class FakeKernel:
         self.refuse: set[Key] = set()
         self.busy: set[tuple[int, int]] = set()
         self.route_list: tuple[tuple[IPNetwork, str], ...] = ()
+        self.foreign_vnis: frozenset[int] = frozenset()
         self.applied = 0
         self.dead: set[str] = set()
 
@@ -86,6 +92,17 @@ class FakeKernel:
         """Return the host's routes."""
         return self.route_list
 
+    async def vnis(self) -> frozenset[int]:
+        """Return the VNIs that the test gave to others."""
+        return self.foreign_vnis
+
+    async def underlay(self, wish: str, towards: Iterable[IPAddress]) -> Underlay:
+        """Return the address that is wished, on an ordinary device."""
+        del towards
+        return Underlay(
+            address=ip_address(wish or "192.0.2.1"), device="eth0", mtu=1500
+        )
+
     def route(self, cidr: str, device: str) -> None:
         """Give the host a route."""
         self.route_list = (*self.route_list, (ip_network(cidr), device))
@@ -121,7 +138,19 @@ class Rig:
     def records(self) -> list[str]:
         """Return the keys of all records but the cluster's own."""
         keys = [k for g in self.state.view.groups.values() for k in g]
-        return sorted(k for k in keys if not k.startswith(("cluster", "spaces/")))
+        own = ("cluster", "hosts/", "alive/", records.WATERMARKS)
+        return sorted(k for k in keys if not k.startswith(own))
+
+
+async def driver(
+    stack: AsyncExitStack, state: State, site: Site, mode: str
+) -> tuple[NetworkDriver, IpamDriver]:
+    """Build both drivers on an open state."""
+    await state.open()
+    stack.push_async_callback(state.local.close)
+    networks = NetworkDriver(site, mode=mode)
+    ranges = [pools.parse_range(text) for text in POOLS.split(",")]
+    return networks, IpamDriver(site, ranges, networks)
 
 
 @asynccontextmanager
@@ -129,29 +158,137 @@ async def rig(
     directory: Path, kernel: FakeKernel | None = None, boot: str = "boot1"
 ) -> AsyncIterator[Rig]:
     """Build a driver over a real embedded store and a fake kernel."""
-    local = LocalDatabase(directory / "local.db")
+    async with AsyncExitStack() as stack:
+        store = SqliteStore(directory / "store.db")
+        await store.open()
+        stack.push_async_callback(store.close)
+        host = Host(id="", name="h1", version="test")
+        yield await on_store(
+            stack, store, directory / "local.db", host, kernel=kernel, boot=boot
+        )
+
+
+async def on_store(
+    stack: AsyncExitStack,
+    store: "SqliteStore | Shared",
+    path: Path,
+    host: Host,
+    *,
+    kernel: FakeKernel | None = None,
+    boot: str = "boot1",
+) -> Rig:
+    """Build a host's drivers; `host` has all but its id, which its database has."""
+    local = LocalDatabase(path)
     await local.open()
-    store = SqliteStore(directory / "store.db")
-    await store.open()
     steps: list[str] = []
 
     async def step(name: str) -> None:
         steps.append(name)
 
     state = State(store, local, step, lambda: None)
-    await state.open()
     kernel = kernel or FakeKernel()
     site = Site(
-        host=Host(id=local.host, name="h1", version="test"),
-        boot=boot,
-        state=state,
-        dataplane=kernel,
+        host=replace(host, id=local.host), boot=boot, state=state, dataplane=kernel
     )
-    networks = NetworkDriver(site)
-    ranges = [pools.parse_range(text) for text in POOLS.split(",")]
-    ipam = IpamDriver(site, ranges, networks)
-    try:
-        yield Rig(site, kernel, state, networks, ipam, steps)
-    finally:
-        await store.close()
-        await local.close()
+    networks, ipam = await driver(
+        stack, state, site, "overlay" if store.shared else "bridge"
+    )
+    return Rig(site, kernel, state, networks, ipam, steps)
+
+
+# Several hosts.
+
+
+class Shared:
+    """
+    One host's way to a store that others write to as well.
+
+    Every call takes up to `delay` seconds each way, and so does news, so that calls of
+    several hosts meet in any order. A commit can be lost to others, never to chance.
+    """
+
+    shared = True
+
+    def __init__(self, store: SqliteStore, delay: float) -> None:
+        """Go to a store that is open."""
+        self.store = store
+        self.delay = delay
+        self.deaf = asyncio.Event()
+        self.deaf.set()
+        """News is held back while this is clear."""
+
+    async def wait(self) -> None:
+        """Take some time."""
+        await asyncio.sleep(random.uniform(0, self.delay))
+
+    async def read(self, prefix: str) -> Listing:
+        """Read after a while."""
+        await self.wait()
+        return await self.store.read(prefix)
+
+    async def commit(self, change: Change, lease: Lease | None = None) -> int:
+        """Commit after a while, and tell after a while."""
+        await self.wait()
+        try:
+            return await self.store.commit(change, lease)
+        finally:
+            await self.wait()
+
+    async def watch(
+        self, prefix: str, start: int, *, end: str = ""
+    ) -> AsyncIterator[tuple[Event, ...]]:
+        """Hear of each commit after a while."""
+        async for events in self.store.watch(prefix, start, end=end):
+            await self.wait()
+            await self.deaf.wait()
+            yield events
+
+
+@asynccontextmanager
+async def cluster(
+    directory: Path, count: int, *, delay: float = 0.0
+) -> AsyncIterator[list[Rig]]:
+    """Build hosts `h1`, `h2` … that share one store; each follows what others write."""
+    async with AsyncExitStack() as stack:
+        store = SqliteStore(directory / "store.db")
+        await store.open()
+        stack.push_async_callback(store.close)
+        rigs = []
+        for number in range(1, count + 1):
+            host = Host(
+                id="",
+                name=f"h{number}",
+                version="test",
+                vtep=ip_address(f"192.0.2.{number}"),
+            )
+            path = directory / f"h{number}.db"
+            rigs.append(await on_store(stack, Shared(store, delay), path, host))
+            await announce(rigs[-1])
+        for one in rigs:
+            task = asyncio.create_task(one.state.follow())
+            stack.push_async_callback(ended, task)
+        yield rigs
+
+
+async def announce(one: Rig) -> None:
+    """Write what a daemon writes of its host."""
+    host = one.site.host
+
+    def decide(draft: Draft) -> None:
+        draft.put(records.host(host.id), host)
+        draft.put(records.alive(host.id), Alive(instance="i", boot=one.site.boot))
+
+    await one.state.commit(decide)
+
+
+async def ended(task: asyncio.Task[None]) -> None:
+    """End a loop."""
+    task.cancel()
+    await asyncio.wait({task})
+
+
+async def level(*rigs: Rig) -> None:
+    """Let every host know what all have written, and do what follows from it."""
+    for one in rigs:
+        await one.state.relist()
+        await one.networks.remotes.update()

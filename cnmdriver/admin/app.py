@@ -12,6 +12,7 @@ from ipaddress import ip_address
 
 from aiohttp import web
 
+from cnmdriver.driver.hosts import watermarks
 from cnmdriver.driver.site import Site
 from cnmdriver.errors import (
     Conflict,
@@ -26,6 +27,7 @@ from cnmdriver.insight.explain import explain
 from cnmdriver.insight.status import status
 from cnmdriver.model import Endpoint, IPAddress, Pool, Reservation
 from cnmdriver.store import records
+from cnmdriver.store.view import View
 
 LIMIT = 10.0
 """Seconds a call may take."""
@@ -104,6 +106,14 @@ async def _remove_endpoint(doors: Doors, request: web.Request) -> object:
     return {"removed": endpoint.id, "name": doors.site.name(endpoint.id)}
 
 
+async def _hosts(doors: Doors, _: web.Request) -> object:
+    store = doors.site.state.store
+    marks = View()
+    listing = await store.read(records.WATERMARKS)
+    marks.replace(listing.items.items(), listing.revision)
+    return report.hosts(doors.site, watermarks(marks))
+
+
 async def _ports(doors: Doors, _: web.Request) -> object:
     return report.ports(doors.site)
 
@@ -172,6 +182,7 @@ CALLS: Mapping[tuple[str, str], Call] = {
     ("GET", "networks/{network}"): _network,
     ("GET", "endpoints"): _endpoints,
     ("DELETE", "endpoints/{endpoint}"): _remove_endpoint,
+    ("GET", "hosts"): _hosts,
     ("GET", "ports"): _ports,
     ("GET", "pools"): _pools,
     ("DELETE", "addresses"): _release_address,

@@ -15,6 +15,7 @@ COMMANDS = {
     "status": ("cnmdriver.cli.host:status", "Tell whether all is well on this host."),
     "network": ("cnmdriver.cli.objects:network", "Show networks."),
     "endpoint": ("cnmdriver.cli.objects:endpoint", "Show and remove endpoints."),
+    "host": ("cnmdriver.cli.objects:host", "Show the hosts of the cluster."),
     "port": ("cnmdriver.cli.objects:port", "Show published ports."),
     "ipam": ("cnmdriver.cli.objects:ipam", "Show pools, release addresses."),
     "explain": ("cnmdriver.cli.host:explain", "Print what one would type instead."),

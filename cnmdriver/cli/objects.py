@@ -1,5 +1,6 @@
 """`pynet network`, `endpoint`, `port` and `ipam`: what there is on this host."""
 
+from datetime import datetime
 from typing import Any
 
 import click
@@ -111,6 +112,37 @@ def endpoint_rm(client: Client, name: str, *, as_json: bool) -> None:
         click.echo(
             f"removed {table.clean(done['name'])} ({table.short(done['removed'])})"
         )
+
+
+@click.group()
+def host() -> None:
+    """Show the hosts of the cluster."""
+
+
+@host.command("ls")
+@asks
+def host_ls(client: Client, *, as_json: bool) -> None:
+    """List the hosts that share the store, and how far each one's kernel is."""
+    found = client.get("hosts")
+    if as_json:
+        show_json(found)
+        return
+    table.show(
+        ("HOST", "ID", "VTEP", "STATE", "SINCE", "ENDPOINTS", "BEHIND"),
+        [
+            (h["name"] + (" (this)" if h["here"] else ""), table.short(h["id"]))
+            + (h["vtep"] or "-", h["state"], moment(h["since"]))
+            + (h["endpoints"], h["behind"])
+            for h in found
+        ],
+    )
+
+
+def moment(seconds: float | None) -> str:
+    """Write a time as people read it, in this machine's zone."""
+    if not seconds:
+        return "-"
+    return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M:%S")
 
 
 @click.group()

@@ -34,7 +34,7 @@ def every_setting(command: Callable[..., None]) -> Callable[..., None]:
 
 def metavar(default: object) -> str:
     """Return what the help calls a value."""
-    return "SECONDS" if isinstance(default, float) else "TEXT"
+    return {float: "SECONDS", int: "NUMBER"}.get(type(default), "TEXT")
 
 
 @click.command()

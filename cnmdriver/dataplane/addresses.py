@@ -1,13 +1,14 @@
-"""Addresses of the host on bridges of ours."""
+"""Addresses of the host on devices of ours."""
 
 from functools import partial
 
 from cnmdriver.dataplane.handler import Undo, only
+from cnmdriver.dataplane.link import Link
 from cnmdriver.dataplane.links import Links
-from cnmdriver.dataplane.netlink import Link, Netlink
+from cnmdriver.dataplane.netlink import Netlink
 from cnmdriver.errors import KernelError
 from cnmdriver.model import IPInterface
-from cnmdriver.plan.ops import Address, Bridge, Plan
+from cnmdriver.plan.ops import HOST, Address, Bridge, Interface, Plan
 
 
 class Addresses:
@@ -15,9 +16,10 @@ class Addresses:
 
     together = False
 
-    def __init__(self, netlink: Netlink, links: Links) -> None:
+    def __init__(self, netlink: Netlink, links: Links, where: str = HOST) -> None:
         self._netlink = netlink
         self._links = links
+        self._where = where
 
     async def apply(self, ops: Plan, undo: Undo) -> None:
         """Add each address."""
@@ -38,11 +40,13 @@ class Addresses:
                 await self._netlink.remove_address(link, op.interface)
 
     async def found(self, wanted: Plan, devices: Plan) -> Plan:
-        """Return the addresses of our bridges."""
+        """Return the addresses of our bridges and of the ends that the host uses."""
         del wanted
-        names = {op.name for op in only(devices, Bridge)}
+        names = {op.name for op in devices if isinstance(op, Bridge | Interface)}
+        if not names:
+            return ()
         return tuple(
-            Address(device=name, interface=address)
+            Address(where=self._where, device=name, interface=address)
             for name, address in await self._netlink.addresses()
             if name in names
         )

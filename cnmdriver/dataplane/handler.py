@@ -70,11 +70,19 @@ def only(ops: Plan, kind: type[OpT]) -> tuple[OpT, ...]:
     return tuple(op for op in ops if isinstance(op, kind))
 
 
-def refusal(what: str, code: int, text: str = "") -> KernelError:
+class Refusal(KernelError):
+    """The kernel said no, with an errno."""
+
+    def __init__(self, text: str, code: int = 0) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+def refusal(what: str, code: int, text: str = "") -> Refusal:
     """Word an errno: what was wanted, and what the kernel said."""
     said = (text or os.strerror(code)).lower().rstrip(".")
     name = errno.errorcode.get(code, str(code))
-    return KernelError(f"{what} failed: {said} ({name})")
+    return Refusal(f"{what} failed: {said} ({name})", code)
 
 
 def too_slow(what: str) -> KernelError:

@@ -3,44 +3,79 @@ The kernel of this host: makes plans hold, takes them back, reads what is ours.
 
 Each type of operation has a handler in a module of its own; here is only what is true
 of all. `apply` is all or nothing: on any error and on cancel it takes back what it
-changed, last first. `clear` goes on after errors and reports them all at the end.
+changed, last first. `clear` goes on after errors and reports them all at the end. A
+plan's operations hold in the host's namespace or in another, each of which has handlers
+of its own.
 
 One of them runs at a time. An operation is never interrupted half way; a cancel counts
 when it ended, and each has a bound.
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
 from cnmdriver.dataplane import sandbox
 from cnmdriver.dataplane.accept import Accepts
 from cnmdriver.dataplane.addresses import Addresses
+from cnmdriver.dataplane.entries import Entries, Reading
 from cnmdriver.dataplane.handler import Handler, Step, Undo, nothing, settled
 from cnmdriver.dataplane.holds import Holds
-from cnmdriver.dataplane.links import Links
-from cnmdriver.dataplane.netlink import Netlink
-from cnmdriver.dataplane.nft import Firewall, Nft
+from cnmdriver.dataplane.links import MARK, Links
+from cnmdriver.dataplane.namespaces import Namespaces
+from cnmdriver.dataplane.nft import Firewall
+from cnmdriver.dataplane.place import Place, Places
+from cnmdriver.dataplane.routes import Routes
 from cnmdriver.dataplane.sockets import Sockets
-from cnmdriver.dataplane.sysctl import Sysctls
+from cnmdriver.dataplane.sysctl import Memory, Sysctls
+from cnmdriver.dataplane.underlay import underlay
 from cnmdriver.errors import DriverError, KernelError
-from cnmdriver.model import IPNetwork
+from cnmdriver.model import IPAddress, IPNetwork, Underlay
 from cnmdriver.plan.ops import (
+    HOST,
     Accept,
     Address,
     Bridge,
     Element,
+    Fdb,
     Hold,
+    Interface,
+    Namespace,
+    Neighbour,
     Op,
     Plan,
+    Route,
     Sysctl,
     Table,
     Veth,
+    Vxlan,
+    name,
     union,
 )
 
-ORDER = (Table, Element, Accept, Sysctl, Bridge, Address, Veth, Hold)
+HANDLERS: Mapping[type[Op], type[Handler]] = {
+    Namespace: Namespaces,
+    Table: Firewall,
+    Element: Firewall,
+    Accept: Accepts,
+    Sysctl: Sysctls,
+    Bridge: Links,
+    Vxlan: Links,
+    Veth: Links,
+    Interface: Links,
+    Address: Addresses,
+    Fdb: Entries,
+    Neighbour: Entries,
+    Route: Routes,
+    Hold: Holds,
+}
+"""Who makes which operations hold, in the order in which one stands on another."""
+
+ORDER = tuple(HANDLERS)
+BREATH = 1_000
+"""After so many operations others get their turn."""
 
 
 def all_of(plan: Plan) -> Plan:
@@ -48,29 +83,48 @@ def all_of(plan: Plan) -> Plan:
     return plan
 
 
-class Kernel:
-    """The namespace in which it is opened, as plans see it."""
+@dataclass(frozen=True, slots=True)
+class Crew:
+    """The handlers of one place."""
 
-    def __init__(self, *, host: str, run_dir: Path, step: Step = nothing) -> None:
+    links: Links
+    firewall: Firewall
+    entries: Entries
+    others: tuple[Handler, ...]
+
+    @property
+    def all(self) -> tuple[Handler, ...]:
+        """Return them in the order in which they look at the kernel."""
+        return (*self.others, self.firewall, self.links, self.entries)
+
+    def one(self, kind: type[Handler]) -> Handler:
+        """Return the one of a type."""
+        return next(handler for handler in self.all if type(handler) is kind)
+
+
+class Kernel:
+    """The namespace in which it is opened, and pynet's own, as plans see them."""
+
+    def __init__(
+        self,
+        *,
+        host: str,
+        run_dir: Path,
+        step: Step = nothing,
+        namespace: str = "pynet",
+    ) -> None:
+        """Take the host's id, and the name of pynet's own namespace, for overlays."""
         self._run_dir = run_dir
         self._step = step
+        self._namespace = namespace
+        self._mark = f"{MARK}{host[:8]}:"
         self._lock = asyncio.Lock()
-        self._netlink = Netlink()
-        self._nft = Nft()
         self._sockets = Sockets()
-        self._links = Links(self._netlink, host)
-        self._sysctls = Sysctls(self._links, run_dir)
-        self._firewall = Firewall(self._nft)
-        self._handlers: dict[type[Op], Handler] = {
-            Table: self._firewall,
-            Element: self._firewall,
-            Accept: Accepts(self._nft),
-            Sysctl: self._sysctls,
-            Bridge: self._links,
-            Veth: self._links,
-            Address: Addresses(self._netlink, self._links),
-            Hold: Holds(self._sockets),
-        }
+        self._memory = Memory(run_dir)
+        self._host = Place()
+        self._places = Places(self._staff)
+        self._crews: dict[str, Crew] = {}
+        self._staff(self._host)
 
     async def open(self) -> None:
         """Open what the handlers need; raises KernelError if something is missing."""
@@ -80,16 +134,15 @@ class Kernel:
             raise KernelError(
                 f"making {self._run_dir} failed: {error.strerror}"
             ) from error
-        self._sysctls.open()
-        await self._netlink.open()
-        await self._nft.open()
+        self._memory.open()
+        await self._host.open()
 
     async def close(self) -> None:
         """Let go of sockets and threads; what is in the kernel stays."""
         async with self._lock:
             await self._sockets.close()
-            await self._nft.close()
-            await self._netlink.close()
+            await self._places.close_all()
+            await self._host.close()
 
     async def apply(self, plan: Plan, still: Callable[[Plan], Plan] = all_of) -> None:
         """
@@ -102,12 +155,12 @@ class Kernel:
         """
         async with self._lock:
             undo: Undo = []
-            self._firewall.begin()
+            self._begin()
             try:
-                for handler, ops in self._groups(still(plan)):
+                for where, kind, ops in _groups(still(plan)):
                     await self._announce("apply", ops)
-                    await settled(handler.apply(ops, undo))
-                await settled(self._firewall.end())
+                    await settled(self._apply(where, kind, ops, undo))
+                await settled(self._end())
             except BaseException as error:
                 failures = await settled(_take_back(undo))
                 if failures and isinstance(error, DriverError):
@@ -125,35 +178,66 @@ class Kernel:
         """
         failures: list[str] = []
         async with self._lock:
-            self._firewall.begin()
-            for handler, ops in self._groups(still(plan)[::-1]):
+            self._begin()
+            for where, kind, ops in _groups(still(plan)[::-1]):
                 await self._announce("clear", ops)
-                failures += await _failure(handler.clear(ops))
-            failures += await _failure(self._firewall.end())
+                failures += await _failure(self._clear(where, kind, ops))
+            failures += await _failure(self._end())
         if failures:
             raise KernelError("; ".join(failures))
 
     async def found(self, wanted: Plan = ()) -> Plan:
         """
-        Read everything of ours in the kernel, in the order of a plan.
+        Read everything of ours in the kernel, in the order of a plan, entries last.
 
         `wanted` adds what has no mark: settings, and rules that nothing calls for.
+        The entries of overlays, of which there can be many, are read when others have
+        their turn again.
         """
-        async with self._lock:
-            devices = await settled(self._links.devices())
-            ops = [await settled(h.found(wanted, devices)) for h in self._every()]
-        return tuple(sorted(union(ops), key=_place))
+        readings: list[Reading] = []
+        ops: list[Plan] = []
+        try:
+            async with self._lock:
+                ops += await settled(self._look(HOST, wanted, readings))
+                if any(isinstance(op, Namespace) for plan in ops for op in plan):
+                    ops += await settled(self._look(self._namespace, wanted, readings))
+            entries = [op for each in readings for op in await each.all()]
+        finally:
+            for reading in readings:
+                reading.close()
+        return (*sorted(union(ops), key=_place), *entries)
 
     async def foreign(self) -> tuple[tuple[str, str], ...]:
         """Return name and alias of devices that another pynet host has marked."""
-        return await settled(self._links.foreign())
+        async with self._lock:
+            crews = await settled(self._in_sight())
+            return tuple(
+                [pair for c in crews for pair in await settled(c.links.foreign())]
+            )
 
     async def routes(self) -> tuple[tuple[IPNetwork, str], ...]:
         """Return network and device of the host's routes, but the default and ours."""
-        links = await settled(self._links.outside())
+        links = await settled(self._crews[HOST].links.outside())
         names = {link.index: link.name for link in links}
-        routes = await settled(self._netlink.routes())
+        routes = await settled(self._host.netlink.routes())
         return tuple((net, names[index]) for net, index in routes if index in names)
+
+    async def underlay(self, wish: str, towards: Iterable[IPAddress]) -> Underlay:
+        """
+        Find the host's end of the tunnels: by address, by device, or for itself.
+
+        An empty wish is the way to the first of the addresses that is not on this
+        host, or the default route. Raises InvalidParameter for what cannot be one.
+        """
+        links = self._crews[HOST].links
+        return await settled(underlay(self._host.netlink, links, wish, towards))
+
+    async def vnis(self) -> frozenset[int]:
+        """Return the VXLAN network identifiers that devices of others have here."""
+        async with self._lock:
+            crews = await settled(self._in_sight())
+            every = [await settled(crew.links.foreign_vnis()) for crew in crews]
+        return frozenset().union(*every)
 
     def has_sandbox(self, key: str) -> bool:
         """Tell whether a sandbox is still there, as far as this process can see."""
@@ -161,25 +245,97 @@ class Kernel:
 
     def changed_sysctls(self) -> dict[str, str]:
         """Return path and earlier value of each setting changed for good."""
-        return self._sysctls.changed()
+        return dict(self._memory.old)
 
-    def _groups(self, plan: Plan) -> Iterator[tuple[Handler, Plan]]:
-        """Yield handler and operations of each step: mostly one operation."""
-        for handler, ops in groupby(plan, key=self._handler):
-            if handler.together:
-                yield handler, tuple(ops)
-            else:
-                yield from ((handler, (op,)) for op in ops)
+    def _staff(self, place: Place) -> None:
+        """Give a place its handlers."""
+        where, netlink = place.name, place.netlink
+        links = Links(place, self._host, mark=self._mark, namespace=self._namespace)
+        others: tuple[Handler, ...] = (
+            Sysctls(place.inside, links, self._memory, where),
+            Addresses(netlink, links, where),
+            Routes(netlink, links, where),
+        )
+        if where == HOST:
+            others += (
+                Namespaces(self._places, mark=self._mark, name=self._namespace),
+                Accepts(place.nft),
+                Holds(self._sockets),
+            )
+        self._crews[where] = Crew(
+            links,
+            Firewall(place.nft, where),
+            Entries(place.inside, netlink, links, where),
+            others,
+        )
 
-    def _handler(self, op: Op) -> Handler:
-        return self._handlers[type(op)]
+    async def _crew(self, where: str) -> Crew | None:
+        """Return the handlers of a place as it is now, None if it is not there."""
+        if where != HOST and await self._places.get(where) is None:
+            return None
+        return self._crews[where]
 
-    def _every(self) -> tuple[Handler, ...]:
-        return tuple(dict.fromkeys(self._handlers.values()))
+    async def _in_sight(self) -> list[Crew]:
+        crews = [await self._crew(where) for where in (HOST, self._namespace)]
+        return [crew for crew in crews if crew is not None]
+
+    def _begin(self) -> None:
+        for crew in self._crews.values():
+            crew.firewall.begin()
+
+    async def _end(self) -> None:
+        for crew in self._crews.values():
+            await crew.firewall.end()
+
+    async def _apply(
+        self, where: str, kind: type[Handler], ops: Plan, undo: Undo
+    ) -> None:
+        crew = await self._crew(where)
+        if crew is None:
+            raise KernelError(
+                f"making {name(ops[0])} failed: there is no network namespace {where}"
+            )
+        await crew.one(kind).apply(ops, undo)
+
+    async def _clear(self, where: str, kind: type[Handler], ops: Plan) -> None:
+        crew = await self._crew(where)
+        # What was in a namespace has gone with it.
+        if crew is not None:
+            await crew.one(kind).clear(ops)
+
+    async def _look(
+        self, where: str, wanted: Plan, readings: list[Reading]
+    ) -> list[Plan]:
+        """Read a place, and prepare to read the entries of its overlays."""
+        crew = await self._crew(where)
+        if crew is None:
+            return []
+        here = tuple(op for op in wanted if op.where == where)
+        devices = await crew.links.devices(here)
+        reading = await crew.entries.reading(devices)
+        if reading is not None:
+            readings.append(reading)
+        quick = (handler for handler in crew.all if handler is not crew.entries)
+        return [await handler.found(here, devices) for handler in quick]
 
     async def _announce(self, verb: str, ops: Plan) -> None:
-        for op in ops:
+        for count, op in enumerate(ops, 1):
             await self._step(f"{verb}.{op.key[0]}")
+            if count % BREATH == 0:
+                await asyncio.sleep(0)
+
+
+def _groups(plan: Plan) -> Iterator[tuple[str, type[Handler], Plan]]:
+    """Yield place, handler and operations of each step: mostly one operation."""
+    for (where, kind), ops in groupby(plan, key=lambda op: (op.where, _handler(op))):
+        if kind.together:
+            yield where, kind, tuple(ops)
+        else:
+            yield from ((where, kind, (op,)) for op in ops)
+
+
+def _handler(op: Op) -> type[Handler]:
+    return HANDLERS[type(op)]
 
 
 async def _failure(work: Coroutine[None, None, None]) -> list[str]:

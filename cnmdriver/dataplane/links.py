@@ -1,39 +1,47 @@
 """
-Bridges and veth pairs.
+Devices: bridges, VXLAN devices, veth pairs and the ends of them that the host uses.
 
 A device is ours by its alias, or, if the daemon died between making it and giving it
 its alias, by link group and name. Another host's alias (two daemons on one kernel with
 different state) and everything else is foreign: it is named in an error and left.
+
+What has an end in the host's namespace is made from there, in its place at once: a move
+costs more than all the rest, and a VXLAN device has its UDP socket where it was made.
 """
 
-import re
+import asyncio
+import errno
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from cnmdriver.dataplane.handler import Undo
-from cnmdriver.dataplane.netlink import GENMODE_NONE, Link, Netlink
+from cnmdriver.dataplane import kinds
+from cnmdriver.dataplane.handler import Refusal, Undo, only
+from cnmdriver.dataplane.kinds import Device
+from cnmdriver.dataplane.link import Link, Port
+from cnmdriver.dataplane.place import Place
+from cnmdriver.dataplane.sockets import holder
 from cnmdriver.errors import Conflict, KernelError
-from cnmdriver.plan.ops import GROUP, Bridge, Plan, Veth, differing
+from cnmdriver.model import UDP
+from cnmdriver.plan.ops import GROUP, Bridge, Interface, Plan, Veth, Vxlan
 
 MARK = "pynet:"
-NAMES = {
-    "bridge": re.compile(r"pn-[0-9a-f]{10}"),
-    "veth": re.compile(r"pe-[0-9a-f]{10}"),
-}
-"""The names of devices whose alias may be missing."""
-
-Device = Bridge | Veth
+TRIES, PAUSE = 50, 0.02
+"""A namespace that was removed keeps VNIs until the kernel gets round to it."""
 
 
 class Links:
-    """Makes devices, and knows which are ours."""
+    """Makes devices in a place, and knows which there are ours."""
 
     together = False
 
-    def __init__(self, netlink: Netlink, host: str) -> None:
-        self._netlink = netlink
-        self._mark = f"{MARK}{host[:8]}:"
+    def __init__(self, place: Place, host: Place, *, mark: str, namespace: str) -> None:
+        """Take the host's place too, and the name of pynet's own."""
+        self._place = place
+        self._netlink = place.netlink
+        self._outer = host.netlink
+        self._mark = mark
+        self._namespace = namespace
 
     async def apply(self, ops: Plan, undo: Undo) -> None:
         """Make each device, or make the one that is there as wanted."""
@@ -52,18 +60,30 @@ class Links:
         del wanted
         return devices
 
-    async def devices(self) -> Plan:
+    async def devices(self, wanted: Plan) -> Plan:
         """Return our devices, bridges first."""
         links = await self._netlink.links(GROUP)
+        far = await self._outer.links(GROUP) if self._is_elsewhere else ()
         at = {link.index: link for link in links}
-        ours = [link for link in links if self._is_marked(link)]
-        bridges = [_bridge(link) for link in ours if link.kind == "bridge"]
-        pairs = [
-            _veth(link, at.get(link.other or 0), at.get(link.master))
-            for link in ours
-            if link.kind == "veth"
-        ]
-        return (*bridges, *pairs)
+        ends = {(link.beyond, link.index): link for link in far if link.kind == "veth"}
+        tunnels = {op.name: op for op in only(wanted, Vxlan)}
+        found: list[Device] = []
+        for link in links:
+            if not self._is_marked(link):
+                continue
+            master = at.get(link.master)
+            match link.kind:
+                case "bridge":
+                    found.append(kinds.bridge(link))
+                case "vxlan":
+                    found.append(kinds.vxlan(link, master, tunnels.get(link.name)))
+                case "veth":
+                    other = at.get(link.other or 0)
+                    other = other or ends.get((link.index, link.beyond or 0))
+                    found.append(self._veth(link, other, master))
+        return tuple(
+            replace(op, where=self._place.name) for op in sorted(found, key=_rank)
+        )
 
     async def foreign(self) -> tuple[tuple[str, str], ...]:
         """Return name and alias of devices that another host of pynet's marked."""
@@ -71,6 +91,14 @@ class Links:
             (link.name, link.alias)
             for link in await self._netlink.links(GROUP)
             if link.alias.startswith(MARK) and not link.alias.startswith(self._mark)
+        )
+
+    async def foreign_vnis(self) -> frozenset[int]:
+        """Return the VXLAN network identifiers of devices that are not ours."""
+        return frozenset(
+            link.tunnel.vni
+            for link in await self._netlink.links()
+            if link.tunnel is not None and not self._is_ours(link)
         )
 
     async def ours(self, name: str) -> Link | None:
@@ -83,6 +111,10 @@ class Links:
         links = await self._netlink.links()
         return tuple(link for link in links if not self._is_ours(link))
 
+    @property
+    def _is_elsewhere(self) -> bool:
+        return self._netlink is not self._outer
+
     def _is_ours(self, link: Link) -> bool:
         marked = link.alias.startswith(self._mark)
         return marked or (link.group == GROUP and not link.alias)
@@ -90,24 +122,45 @@ class Links:
     def _is_marked(self, link: Link) -> bool:
         if link.alias:
             return link.alias.startswith(self._mark)
-        # The far ends of our pairs have the group but never an alias.
-        names = NAMES.get(link.kind)
+        # The far ends of containers' pairs have the group but never an alias.
+        names = kinds.NAMES.get(link.kind)
         return names is not None and names.fullmatch(link.name) is not None
+
+    def _veth(self, link: Link, other: Link | None, master: Link | None) -> Device:
+        if not self._is_elsewhere:
+            end = kinds.interface(link, self._namespace)
+            if end is not None:
+                return end
+        return kinds.veth(link, other, master)
+
+    async def _far_end(self, link: Link) -> Link | None:
+        """Return the other end of a pair, where it is in sight."""
+        if link.kind != "veth":
+            return None
+        if link.other:
+            return await self._netlink.link_at(link.other)
+        if link.beyond and self._is_elsewhere:
+            far = await self._outer.link_at(link.beyond)
+            # Each names the other's index; in a third namespace there may be the same.
+            if far and far.group == GROUP and far.beyond == link.index:
+                return far
+        return None
 
     async def _hold(self, op: Device, undo: Undo) -> None:
         link = await self._netlink.link(op.name)
         other = None
         if link is not None:
             self._refuse_foreign(op, link)
-            other = await self._netlink.link_at(link.other) if link.other else None
-        if link is not None and not _fits(op, link, other):
+            other = await self._far_end(link)
+        if link is not None and not kinds.fits(op, link, other):
             await self._give_way(link, other, undo)
             link = other = None
         if link is None:
             link = await self._make(op, undo)
         await self._mend(op, link, undo)
         if other is not None and isinstance(op, Veth) and other.mtu != op.mtu:
-            await self._netlink.change(other, mtu=op.mtu)
+            outer = self._netlink if link.other else self._outer
+            await outer.change(other, mtu=op.mtu)
 
     def _refuse_foreign(self, op: Device, link: Link) -> None:
         if not self._is_ours(link):
@@ -120,38 +173,93 @@ class Links:
 
     async def _give_way(self, link: Link, other: Link | None, undo: Undo) -> None:
         """Remove a device that cannot be changed into what is wanted."""
+        master = await self._netlink.link_at(link.master) if link.master else None
         # Without its far end, which is in a sandbox, a pair cannot be made again.
+        before: Device | None = None
         if link.kind == "bridge":
-            undo.append(partial(self._hold, _bridge(link), []))
+            before = kinds.bridge(link)
+        elif link.tunnel is not None and link.tunnel.local is not None:
+            before = kinds.vxlan(link, master, None)
         elif link.kind == "veth" and other is not None:
-            master = await self._netlink.link_at(link.master) if link.master else None
-            undo.append(partial(self._hold, _veth(link, other, master), []))
+            before = kinds.veth(link, other, master)
+        if before is not None:
+            undo.append(partial(self._hold, before, []))
         await self._netlink.remove(link)
 
     async def _make(self, op: Device, undo: Undo) -> Link:
-        request = (
-            _bridge_request(op)
-            if isinstance(op, Bridge)
-            else _veth_request(op, self._index_of(op))
-        )
+        request = kinds.request(op, self._bridge_of(op))
+        if isinstance(op, Vxlan):
+            await self._refuse_strange_address(op)
         # Noted before it is done: a request that ran out of time may yet succeed.
         undo.append(lambda: self._remove(op.name))
-        made = await self._netlink.add(op.name, **request)
+        made = await self._create(op, request)
         if not made:
             undo.pop()
         link = await self._netlink.link(op.name)
         if link is None:
-            taken = op.peer if isinstance(op, Veth) else op.name
-            raise Conflict(
-                f"device {op.name} is needed, but a device {taken} exists; remove it"
-                if not made
-                else f"device {op.name} was removed while it was made; try again"
-            )
+            if not made:
+                raise Conflict(await self._taken(op))
+            raise Conflict(f"device {op.name} was removed while it was made; try again")
         if not made:
             self._refuse_foreign(op, link)
         return link
 
-    def _index_of(self, op: Veth) -> int:
+    async def _create(self, op: Device, request: dict[str, Any]) -> bool:
+        """Make a device; tell whether it was made, False if something is taken."""
+        if not self._is_elsewhere or isinstance(op, Bridge):
+            return await self._netlink.add(op.name, **request)
+        there = {"net_ns_fd": self._place.descriptor}
+        for _ in range(TRIES):
+            if await self._outer.add(op.name, **there, **request):
+                return True
+            if not await self._passes(op):
+                return False
+            await asyncio.sleep(PAUSE)
+        return False
+
+    async def _passes(self, op: Device) -> bool:
+        """Tell whether what is in the way of a device is on its way out."""
+        if await self._netlink.link(op.name) is not None:
+            return False
+        if isinstance(op, Veth):
+            far = await self._outer.link(op.peer or "")
+            if far is not None and self._is_ours(far):
+                # Its other end was in a namespace that is no more, or not in use.
+                await self._outer.remove(far)
+                return True
+            return far is None
+        return isinstance(op, Vxlan) and await self._user_of(op.vni) is None
+
+    async def _taken(self, op: Device) -> str:
+        """Say what is in the way of a device."""
+        if isinstance(op, Vxlan):
+            user = await self._user_of(op.vni)
+            named = f"device {user.name}" if user else "one in another namespace"
+            return (
+                f"device {op.name} is needed with VXLAN network identifier {op.vni}, "
+                f"but {named} has that; remove it"
+            )
+        taken = op.peer if isinstance(op, Veth) else op.name
+        return f"device {op.name} is needed, but a device {taken} exists; remove it"
+
+    async def _user_of(self, vni: int) -> Link | None:
+        for netlink in dict.fromkeys((self._outer, self._netlink)):
+            for link in await netlink.links():
+                if link.tunnel is not None and link.tunnel.vni == vni:
+                    return link
+        return None
+
+    async def _refuse_strange_address(self, op: Vxlan) -> None:
+        own = await self._outer.own()
+        if op.local not in {address.interface.ip for address in own}:
+            raise KernelError(
+                f"making device {op.name} failed: {op.local} is no address of this "
+                "host; choose another with --vtep ADDRESS"
+            )
+
+    def _bridge_of(self, op: Device) -> int:
+        if not isinstance(op, Veth | Vxlan):
+            return 0
         bridge = self._netlink.index(op.bridge)
         if bridge is None:
             raise KernelError(
@@ -165,11 +273,20 @@ class Links:
             await self._netlink.remove(link)
 
     async def _mend(self, op: Device, link: Link, undo: Undo) -> None:
-        master = self._index_of(op) if isinstance(op, Veth) else link.master
-        wanted = _wanted(op, link, master)
-        if wanted != link:
-            undo.append(lambda: self._change(wanted, link))
+        wanted = kinds.wanted(op, link, self._bridge_of(op) or link.master)
+        if wanted == link:
+            return
+        undo.append(lambda: self._change(wanted, link))
+        try:
             await self._change(link, wanted)
+        except Refusal as error:
+            if not isinstance(op, Vxlan) or error.code != errno.EADDRINUSE:
+                raise
+            who = await asyncio.to_thread(holder, UDP, op.port)
+            raise KernelError(
+                f"setting device {op.name} up failed: udp port {op.port} is taken by "
+                f"{who}; stop that, or choose another with --vxlan-port on all hosts"
+            ) from error
 
     async def _change(self, old: Link, new: Link) -> None:
         """Turn a device from one state into another, each setting by itself."""
@@ -190,58 +307,13 @@ class Links:
         if old.snooping != new.snooping:
             snooping = int(new.snooping)
             await self._netlink.change(new, kind="bridge", br_mcast_snooping=snooping)
-        if (old.hairpin, old.isolated) != (new.hairpin, new.isolated) and new.master:
-            flags = {"hairpin": new.hairpin, "isolated": new.isolated}
-            await self._netlink.port(new, **flags)
+        # A port that is new to its bridge begins with the usual flags.
+        port = old.port if old.master == new.master else Port()
+        if port != new.port and new.master:
+            await self._netlink.port(new, new.port)
         if old.up != new.up:
             await self._netlink.change(new, state="up" if new.up else "down")
 
 
-def _fits(op: Device, link: Link, other: Link | None) -> bool:
-    """Tell whether a device can be changed into what is wanted."""
-    if isinstance(op, Bridge) or link.kind != "veth":
-        return isinstance(op, Bridge) and link.kind == "bridge"
-    return not op.REMAKE.intersection(differing(op, _veth(link, other, None)))
-
-
-def _bridge_request(op: Bridge) -> dict[str, Any]:
-    return {"kind": "bridge", "address": op.mac, "group": GROUP, "br_mcast_snooping": 0}
-
-
-def _veth_request(op: Veth, master: int) -> dict[str, Any]:
-    if op.peer is None or op.mac is None:
-        raise KernelError(f"making device {op.name} failed: its far end is not known")
-    peer = {"ifname": op.peer, "address": op.mac, "mtu": op.mtu, "group": GROUP}
-    request = {"kind": "veth", "mtu": op.mtu, "group": GROUP, "master": master}
-    return {**request, "peer": peer}
-
-
-def _wanted(op: Device, link: Link, master: int) -> Link:
-    alias = link.alias if op.alias is None else op.alias
-    # A device that has no IPv6 has no such mode; a larger MTU can bring it.
-    none = link.genmode is None and link.mtu == op.mtu
-    mode = None if none else GENMODE_NONE
-    wanted = replace(link, alias=alias, mtu=op.mtu, group=GROUP, genmode=mode, up=op.up)
-    if isinstance(op, Bridge):
-        return replace(wanted, mac=op.mac, snooping=False)
-    return replace(wanted, master=master, hairpin=op.hairpin, isolated=op.isolated)
-
-
-def _bridge(link: Link) -> Bridge:
-    return Bridge(
-        name=link.name, mac=link.mac, mtu=link.mtu, up=link.up, alias=link.alias
-    )
-
-
-def _veth(link: Link, other: Link | None, master: Link | None) -> Veth:
-    return Veth(
-        name=link.name,
-        peer=other.name if other else None,
-        mac=other.mac if other else None,
-        bridge=master.name if master else "",
-        mtu=link.mtu,
-        hairpin=link.hairpin,
-        isolated=link.isolated,
-        up=link.up,
-        alias=link.alias,
-    )
+def _rank(op: Device) -> int:
+    return (Bridge, Vxlan, Veth, Interface).index(type(op))

@@ -8,8 +8,11 @@ all devices.
 
 import asyncio
 import errno
+import fcntl
 import ipaddress
+import os
 import socket
+import struct
 from collections.abc import AsyncIterator, Awaitable
 from dataclasses import dataclass
 from typing import Any
@@ -18,59 +21,76 @@ from pyroute2 import AsyncIPRoute
 from pyroute2.netlink.exceptions import NetlinkDumpInterrupted, NetlinkError
 
 from cnmdriver.dataplane.handler import BOUND, refusal, too_slow
+from cnmdriver.dataplane.inside import Inside
+from cnmdriver.dataplane.link import BRIDGE_FLAGS, Link, Port, read
 from cnmdriver.errors import KernelError
-from cnmdriver.model import IPInterface, IPNetwork
+from cnmdriver.model import IPAddress, IPInterface, IPNetwork
 
-UP = 0x1
 NODAD = 0x02
 PERMANENT = 0x80
+UNUSABLE = 0x01 | 0x08 | 0x20 | 0x40
+"""Addresses that are temporary, taken by another, about to go, or not yet tried."""
 MAIN_TABLE = 254
 UNICAST = 1
-GENMODE_NONE = 1
+BY_KERNEL = 2
 SKIP_STATS = 8
 DUMP_TRIES = 5
+GET_NAME, GET_INDEX = 0x8910, 0x8933
+INDEX = struct.Struct("I")
+NO_WAY = {
+    errno.ENETUNREACH,
+    errno.EHOSTUNREACH,
+    errno.ENETDOWN,
+    errno.EACCES,
+    errno.EINVAL,
+}
 BREATH = 64
 """After so many messages of a dump others get their turn."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Link:
-    """A device as the kernel shows it; `other` is the far end if it is in sight."""
+class Own:
+    """An address of this host, on a device."""
+
+    device: str
+    interface: IPInterface
+    usable: bool
+    """Whether packets to other machines can come from it."""
+    lasting: bool
+    """Whether it was given for good, not by DHCP or a router."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """Where the kernel sends packets for an address, and where they come from."""
 
     index: int
-    name: str
-    kind: str
-    mac: str
-    mtu: int
-    group: int
-    alias: str
-    master: int
-    other: int | None
-    up: bool
-    genmode: int | None
-    """How it makes IPv6 addresses of its own; None for a device without IPv6."""
-    snooping: bool
-    hairpin: bool
-    isolated: bool
+    source: IPAddress | None
 
 
 class Netlink:
     """A socket to the kernel of the namespace in which it is opened."""
 
-    def __init__(self) -> None:
+    def __init__(self, inside: Inside) -> None:
+        self._inside = inside
         self._socket: AsyncIPRoute | None = None
+        self._names: socket.socket | None = None
         self._dumping = asyncio.Lock()
 
     async def open(self) -> None:
-        """Open the socket, in the namespace of the calling thread."""
-        self._socket = AsyncIPRoute()
+        """Open the sockets, in the namespace of the thread."""
+        rtnetlink, self._names = await self._inside.call(_sockets)
+        self._socket = AsyncIPRoute(fileno=rtnetlink.detach())
         await self._ask("opening a netlink socket", self._ip.setup_endpoint())
 
     async def close(self) -> None:
-        """Close the socket; a second time does nothing."""
+        """Close the sockets; a second time does nothing."""
         if self._socket is not None:
             self._socket.close()
             self._socket = None
+        if self._names is not None:
+            self._names.close()
+            self._names = None
 
     @property
     def _ip(self) -> AsyncIPRoute:
@@ -88,8 +108,20 @@ class Netlink:
 
     def index(self, name: str) -> int | None:
         """Return the index of a device, None if there is none of that name."""
+        found = self._look(GET_INDEX, struct.pack("16sI", os.fsencode(name)[:15], 0))
+        return None if found is None else int(INDEX.unpack_from(found, 16)[0])
+
+    def name(self, index: int) -> str:
+        """Return the name of a device, "" if there is none of that index."""
+        found = self._look(GET_NAME, struct.pack("16sI", b"", index))
+        return "" if found is None else os.fsdecode(found[:16].rstrip(b"\0"))
+
+    def _look(self, what: int, request: bytes) -> bytes | None:
+        # The functions of the socket module ask the namespace of the calling thread.
+        if self._names is None:
+            raise KernelError("the dataplane is used before it was opened")
         try:
-            return socket.if_nametoindex(name)
+            return fcntl.ioctl(self._names, what, request.ljust(40, b"\0"))
         except OSError:
             return None
 
@@ -98,7 +130,7 @@ class Netlink:
         # Leaving out statistics halves what there is to decode.
         found = await self._dump("listing the devices", "link", ext_mask=SKIP_STATS)
         return tuple(
-            _link(message)
+            read(message)
             for message in found
             if group is None or message.get("IFLA_GROUP") == group
         )
@@ -111,6 +143,12 @@ class Netlink:
         except NetlinkError as error:
             if error.code == errno.EEXIST:
                 return False
+            if error.code == errno.EOPNOTSUPP:
+                kind = request.get("kind")
+                raise KernelError(
+                    f"{what} failed: the kernel knows no {kind} devices; "
+                    f"load its module with modprobe {kind}"
+                ) from error
             raise _refusal(what, error) from error
         return True
 
@@ -132,10 +170,9 @@ class Netlink:
             if error.code != errno.EAFNOSUPPORT:
                 raise _refusal(what, error) from error
 
-    async def port(self, link: Link, *, hairpin: bool, isolated: bool) -> None:
+    async def port(self, link: Link, port: Port) -> None:
         """Change how a bridge treats its port."""
-        # pyroute2 calls hairpin by the kernel's name of the attribute, "mode".
-        flags = {"mode": int(hairpin), "isolated": int(isolated)}
+        flags = {word: int(getattr(port, name)) for name, word in BRIDGE_FLAGS.items()}
         await self._ask(
             f"setting the bridge port {link.name}",
             self._ip.brport("set", index=link.index, **flags),
@@ -152,18 +189,13 @@ class Netlink:
 
     async def addresses(self) -> tuple[tuple[str, IPInterface], ...]:
         """Return the lasting addresses of all devices, with the device's name."""
+        return tuple((a.device, a.interface) for a in await self.own() if a.lasting)
+
+    async def own(self) -> tuple[Own, ...]:
+        """Return all addresses of all devices."""
         found = await self._dump("listing the addresses", "addr")
-        names = {message["index"]: _device(message["index"]) for message in found}
-        return tuple(
-            (
-                names[m["index"]],
-                ipaddress.ip_interface(
-                    (m.get("IFA_LOCAL") or m.get("IFA_ADDRESS"), m["prefixlen"])
-                ),
-            )
-            for m in found
-            if _flags(m) & PERMANENT
-        )
+        names = {m["index"]: self.name(m["index"]) for m in found}
+        return tuple(_own(message, names[message["index"]]) for message in found)
 
     async def add_address(self, link: Link, address: IPInterface) -> bool:
         """Add an address; tell whether it was added, False if it was there."""
@@ -206,6 +238,57 @@ class Netlink:
             for index in _devices(m)
         )
 
+    async def sources(self) -> tuple[tuple[IPNetwork, int, IPAddress], ...]:
+        """Return network, device index and source of routes with a source."""
+        found = await self._dump("listing the routes", "route", table=MAIN_TABLE)
+        return tuple(
+            (
+                ipaddress.ip_network((m.get("RTA_DST"), m["dst_len"])),
+                m.get("RTA_OIF"),
+                ipaddress.ip_address(m.get("RTA_PREFSRC")),
+            )
+            for m in found
+            if m["type"] == UNICAST
+            and m["proto"] != BY_KERNEL
+            and m.get("RTA_TABLE") == MAIN_TABLE
+            and m.get("RTA_OIF")
+            and m.get("RTA_PREFSRC")
+            and m["dst_len"] > 0
+        )
+
+    async def put_route(self, link: Link, to: IPNetwork, source: IPAddress) -> None:
+        """Have packets for a network leave by a device, in place of any other way."""
+        what = f"routing {to} by {link.name} from {source}"
+        await self._ask(what, self._ip.route("replace", **_route(link, to, source)))
+
+    async def remove_route(self, link: Link, to: IPNetwork, source: IPAddress) -> bool:
+        """Remove such a route; tell whether it was there."""
+        what = f"removing the route to {to} by {link.name}"
+        try:
+            request = self._ip.route("del", **_route(link, to, source))
+            await self._request(what, request)
+        except NetlinkError as error:
+            if error.code in {errno.ESRCH, errno.ENODEV}:
+                return False
+            raise _refusal(what, error) from error
+        return True
+
+    async def towards(self, address: IPAddress) -> Way | None:
+        """Return the way to an address, None if there is none."""
+        what = f"looking for the way to {address}"
+        try:
+            request = self._ip.route("get", dst=str(address))
+            answer = await self._request(what, request)
+        except NetlinkError as error:
+            if error.code in NO_WAY:
+                return None
+            raise _refusal(what, error) from error
+        source = answer[0].get("RTA_PREFSRC")
+        return Way(
+            index=answer[0].get("RTA_OIF") or 0,
+            source=ipaddress.ip_address(source) if source else None,
+        )
+
     async def _link(self, what: str, **which: str | int) -> Link | None:
         try:
             request = self._ip.link("get", ext_mask=SKIP_STATS, **which)
@@ -214,7 +297,7 @@ class Netlink:
             if error.code == errno.ENODEV:
                 return None
             raise _refusal(what, error) from error
-        return _link(answer[0]) if answer else None
+        return read(answer[0]) if answer else None
 
     async def _dump(self, what: str, kind: str, **request: int) -> list[Any]:
         for _ in range(DUMP_TRIES):
@@ -262,13 +345,6 @@ def _refusal(what: str, error: NetlinkError) -> KernelError:
     return refusal(what, error.code, str(text or ""))
 
 
-def _device(index: int) -> str:
-    try:
-        return socket.if_indextoname(index)
-    except OSError:
-        return ""
-
-
 def _flags(message: Any) -> int:
     return int(message.get("IFA_FLAGS") or message["flags"])
 
@@ -279,27 +355,23 @@ def _devices(message: Any) -> list[int]:
     return [hop["oif"] for hop in message.get("RTA_MULTIPATH") or ()]
 
 
-def _link(message: Any) -> Link:
-    def port(name: str) -> bool:
-        where = ("IFLA_LINKINFO", "IFLA_INFO_SLAVE_DATA", f"IFLA_BRPORT_{name}")
-        return bool(message.get_nested(*where))
-
-    elsewhere = message.get("IFLA_LINK_NETNSID") is not None
-    data = ("IFLA_LINKINFO", "IFLA_INFO_DATA", "IFLA_BR_MCAST_SNOOPING")
-    mode = ("IFLA_AF_SPEC", "AF_INET6", "IFLA_INET6_ADDR_GEN_MODE")
-    return Link(
-        index=message["index"],
-        name=message.get("IFLA_IFNAME"),
-        kind=message.get_nested("IFLA_LINKINFO", "IFLA_INFO_KIND") or "",
-        mac=message.get("IFLA_ADDRESS") or "",
-        mtu=message.get("IFLA_MTU") or 0,
-        group=message.get("IFLA_GROUP") or 0,
-        alias=message.get("IFLA_IFALIAS") or "",
-        master=message.get("IFLA_MASTER") or 0,
-        other=None if elsewhere else message.get("IFLA_LINK"),
-        up=bool(message["flags"] & UP),
-        genmode=message.get_nested(*mode),
-        snooping=bool(message.get_nested(*data)),
-        hairpin=port("MODE"),
-        isolated=port("ISOLATED"),
+def _own(message: Any, device: str) -> Own:
+    address = message.get("IFA_LOCAL") or message.get("IFA_ADDRESS")
+    flags = _flags(message)
+    return Own(
+        device=device,
+        interface=ipaddress.ip_interface((address, message["prefixlen"])),
+        usable=message["scope"] == 0 and not flags & UNUSABLE,
+        lasting=bool(flags & PERMANENT),
     )
+
+
+def _route(link: Link, to: IPNetwork, source: IPAddress) -> dict[str, Any]:
+    # Without a scope the kernel would look for a gateway.
+    scope = {"scope": "link"} if to.version == 4 else {}
+    return {"dst": str(to), "oif": link.index, "prefsrc": str(source), **scope}
+
+
+def _sockets() -> tuple[socket.socket, socket.socket]:
+    rtnetlink = socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, 0)
+    return rtnetlink, socket.socket(socket.AF_INET, socket.SOCK_DGRAM)

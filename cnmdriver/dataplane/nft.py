@@ -1,8 +1,8 @@
 """
 The nftables table: its text, and the elements of its sets and maps.
 
-libnftables runs inside this process, in a thread of its own that no caller sees: a
-command costs a fraction of what an `nft` process does. One run is one transaction.
+libnftables runs inside this process, in the thread of the namespace it is for, at a
+fraction of what an `nft` process costs. One run is one transaction.
 
 Elements are made by `create`, which fails where one is there already. Only then is the
 table read, to adopt what is identical and to exchange what differs. Reading first would
@@ -14,15 +14,16 @@ import ctypes
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from ipaddress import ip_address, ip_network
 from typing import Any
 
 from cnmdriver.dataplane import conntrack
 from cnmdriver.dataplane.handler import BOUND, Undo, only, too_slow
+from cnmdriver.dataplane.inside import Inside
 from cnmdriver.errors import KernelError
 from cnmdriver.model import PROTOCOLS
-from cnmdriver.plan.ops import Element, Key, Op, Plan, Table
+from cnmdriver.plan.ops import HOST, Element, Key, Op, Plan, Table
 
 LIBRARY = "libnftables.so.1"
 JSON = 1 << 4
@@ -36,36 +37,32 @@ Elements = Mapping[Key, Element]
 
 
 class Nft:
-    """libnftables in a thread of its own, in the namespace where it is opened."""
+    """libnftables in a thread, for the namespace that the thread is in."""
 
-    def __init__(self) -> None:
-        self._thread: ThreadPoolExecutor | None = None
+    def __init__(self, inside: Inside) -> None:
+        self._inside = inside
         self._context: _Context | None = None
 
     async def open(self) -> None:
-        """Load the library and start the thread."""
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="nft")
+        """Load the library."""
         try:
-            self._context = await self._call(_Context)
+            self._context = await self._inside.call(_Context)
         except OSError as error:
             raise KernelError(
                 f"loading {LIBRARY} failed: {error}; install nftables"
             ) from error
 
     async def close(self) -> None:
-        """End the thread; a second time does nothing."""
+        """Let go of the library; a second time does nothing."""
         if self._context is not None:
-            await self._call(self._context.free)
+            await self._inside.call(self._context.free)
             self._context = None
-        if self._thread is not None:
-            self._thread.shutdown()
-            self._thread = None
 
     def start(self, text: str, *, flags: int = 0) -> Run:
         """Hand a transaction to the thread; several run in the order handed over."""
         if self._context is None:
             raise KernelError("the firewall is used before it was opened")
-        return self._call(self._context.run, text, flags)
+        return self._inside.call(self._context.run, text, flags)
 
     async def finish(self, what: str, run: Run) -> str:
         """Wait for a transaction, and return what it printed."""
@@ -96,12 +93,6 @@ class Nft:
             if "chain" in item and item["chain"]["family"] == family
         )
 
-    def _call(self, function: Any, *arguments: Any) -> asyncio.Future[Any]:
-        if self._thread is None:
-            raise KernelError("the firewall is used before it was opened")
-        loop = asyncio.get_running_loop()
-        return loop.run_in_executor(self._thread, function, *arguments)
-
 
 class Refused(KernelError):
     """nftables would not run a transaction."""
@@ -112,8 +103,9 @@ class Firewall:
 
     together = True
 
-    def __init__(self, nft: Nft) -> None:
+    def __init__(self, nft: Nft, where: str = HOST) -> None:
         self._nft = nft
+        self._where = where
         self._have: dict[Key, Element] | None = None
         self._new: list[Element] = []
         self._gone: list[Element] = []
@@ -161,10 +153,13 @@ class Firewall:
     async def found(self, wanted: Plan, devices: Plan) -> Plan:
         """Return the table, if it is there, and all elements."""
         del devices
-        places = {(op.family, op.name) for op in only(wanted, Table)}
+        tables = {(op.family, op.name) for op in only(wanted, Table)}
+        usual = ("inet" if self._where == HOST else "bridge", "pynet")
         found: list[Op] = []
-        for family, name in sorted(places | {("inet", "pynet")}):
-            table = Table(family=family, name=name, mark="", text=None)
+        for family, name in sorted(tables | {usual}):
+            table = Table(
+                where=self._where, family=family, name=name, mark="", text=None
+            )
             mark = await self._mark(table)
             if mark is not None:
                 elements = (await self._elements(family, name)).values()
@@ -233,7 +228,9 @@ class Firewall:
         bodies = (
             item.get("set") or item.get("map") for item in json.loads(text)["nftables"]
         )
-        return _distinct(element for body in bodies if body for element in _parse(body))
+        return _distinct(
+            element for body in bodies if body for element in _parse(body, self._where)
+        )
 
 
 class _Change:
@@ -294,16 +291,17 @@ def _delete(op: Element) -> str:
 
 
 def _marked(table: Table, mark: str) -> Table:
-    return Table(family=table.family, name=table.name, mark=mark, text=None)
+    return replace(table, mark=mark, text=None)
 
 
-def _parse(body: Mapping[str, Any]) -> Iterator[Element]:
+def _parse(body: Mapping[str, Any], where: str) -> Iterator[Element]:
     """Yield the elements of a set or map in the spelling of the plans."""
     types = _types(body["type"])
     targets = _types(body.get("map", ()))
     for entry in body.get("elem", ()):
         item, value = entry if targets else (entry, ())
         yield Element(
+            where=where,
             family=body["family"],
             table=body["table"],
             set=body["name"],

@@ -1,25 +1,55 @@
 """
-Claims on pools: who keeps a pool alive, and what goes when the last one leaves.
+Claims on pools: who keeps a pool alive, which of its addresses are free, what goes.
 
 A pool lives while a host has claimed it (RequestPool) or has created its network. All
 decisions about claims in one space change that space's record, so that of two at the
 same moment one is made again: a pool cannot be dropped while another host joins it.
+
+Some addresses are the pool's for as long as it lives, whichever host asked for them:
+the gateway, and what a created network reserves.
 """
 
-from collections.abc import Iterable
+import secrets
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import islice
 
-from cnmdriver.model import IPNetwork, Member, Network, Pool, Reservation
+from cnmdriver.errors import Conflict, Exhausted
+from cnmdriver.model import (
+    Block,
+    Endpoint,
+    Host,
+    IPAddress,
+    IPNetwork,
+    Member,
+    Network,
+    Pool,
+    Reservation,
+    Vni,
+)
+from cnmdriver.plan import pools
 from cnmdriver.store import records
 from cnmdriver.store.records import Space
 from cnmdriver.store.view import Draft, View
 
+FEW = 8
+"""Of how many free addresses one is drawn after a lost race; twice that after two."""
+MOST = 1024
+
 
 def touch(draft: Draft, spaces: Iterable[str]) -> None:
-    """Let no other decision about claims in these spaces be made meanwhile."""
+    """
+    Let no other decision about claims in these spaces be made meanwhile.
+
+    The record of a space without pools goes: to whoever saw none, nothing happened.
+    """
     for name in sorted(set(spaces)):
-        space = draft.get(Space, records.space(name)) or Space()
-        draft.put(records.space(name), replace(space, claims=space.claims + 1))
+        key = records.space(name)
+        space = draft.get(Space, key) or Space()
+        if draft.keys(f"pools/{name}/"):
+            draft.put(key, replace(space, claims=space.claims + 1))
+        else:
+            draft.delete(key)
 
 
 def covers(claim: str, pool: Pool) -> bool:
@@ -33,22 +63,69 @@ def pools_of(view: Draft | View, network: str) -> list[Pool]:
     return [p for p in view.all(Pool, "pools/") if p.network == network]
 
 
+def part(draft: Draft, host: str, pool: Pool) -> Member | None:
+    """
+    Return the record by which a host has a part in a pool.
+
+    It is the one of the pool's network; but of several pools claimed for one network
+    each had minted an id until the first host created it.
+    """
+    own = draft.get(Member, records.member(pool.network, host))
+    if own is not None and (own.docker_id or claimed(own, pool)):
+        return own
+    for member in draft.all(Member, "members/"):
+        if member.host == host and claimed(member, pool):
+            return draft.get(Member, records.member(member.network, host))
+    return None
+
+
+def claimed(member: Member, pool: Pool) -> bool:
+    """Tell whether a host's record has a claim on a pool."""
+    return any(covers(claim, pool) for claim in member.claims)
+
+
+def claimants(draft: Draft, pool: Pool) -> set[str]:
+    """Return the hosts that have a claim on a pool."""
+    members = draft.all(Member, "members/")
+    return {member.host for member in members if claimed(member, pool)}
+
+
 def prune(draft: Draft, network: str) -> None:
     """
     Delete what nobody has a part in any more.
 
     To be called by every decision that took a claim or a member away.
     """
-    members = draft.all(Member, f"members/{network}/")
-    created = any(m.docker_id for m in members)
-    claims = [claim for m in members for claim in m.claims]
-    pools = pools_of(draft, network)
-    touch(draft, (p.space for p in pools))
-    for pool in pools:
-        if not created and not any(covers(claim, pool) for claim in claims):
-            drop(draft, pool)
-    if not created:
-        draft.delete(records.network(network))
+    owned = pools_of(draft, network)
+    if not any(m.docker_id for m in draft.all(Member, f"members/{network}/")):
+        forget(draft, network)
+        for pool in owned:
+            hosts = claimants(draft, pool)
+            if hosts:
+                open_again(draft, pool, hosts)
+            else:
+                drop(draft, pool)
+    if draft.puts or draft.deletes:
+        touch(draft, (p.space for p in owned))
+
+
+def forget(draft: Draft, network: str) -> None:
+    """Delete a network's record if there is one, and give its VNI back."""
+    known = draft.get(Network, records.network(network))
+    if known is None:
+        return
+    draft.delete(records.network(network))
+    key = records.vni(known.vni)
+    if known.vni and draft.get(Vni, key) == Vni(network=network):
+        draft.delete(key)
+
+
+def open_again(draft: Draft, pool: Pool, hosts: set[str]) -> None:
+    """Leave a pool to those who have claimed it for a network yet to be created."""
+    draft.put(records.pool(pool.space, pool.cidr), replace(pool, claimed=False))
+    for held in reservation(draft, pool):
+        if held.host not in hosts and not held.gateway:
+            draft.delete(records.address(pool.space, pool.cidr, held.ip))
 
 
 def drop(draft: Draft, pool: Pool) -> None:
@@ -62,6 +139,13 @@ def drop(draft: Draft, pool: Pool) -> None:
             draft.delete(key)
 
 
+def vacate(draft: Draft, host: str, pool: Pool) -> None:
+    """Give back the addresses a host still has in a pool, but for the pool's own."""
+    for held in reservation(draft, pool):
+        if held.host == host and not held.gateway and not is_fixed(draft, pool, held):
+            draft.delete(records.address(pool.space, pool.cidr, held.ip))
+
+
 def taken(view: Draft | View, space: str | None = None) -> dict[IPNetwork, str]:
     """
     Return every pool in use with the network that has it.
@@ -69,16 +153,136 @@ def taken(view: Draft | View, space: str | None = None) -> dict[IPNetwork, str]:
     Pools of one space only, or of all; the subnets of networks whose addresses Docker
     gives out itself count in every space, as their devices are on this host.
     """
-    pools = view.all(Pool, f"pools/{space}/" if space else "pools/")
-    found = {p.cidr: p.network for p in pools}
+    found = view.all(Pool, f"pools/{space}/" if space else "pools/")
+    networks = {p.cidr: p.network for p in found}
     ours = {(p.space, p.cidr) for p in view.all(Pool, "pools/")}
     for network in view.all(Network, "networks/"):
         for subnet in network.subnets:
             if (subnet.space, subnet.pool) not in ours:
-                found.setdefault(subnet.pool, network.id)
-    return found
+                networks.setdefault(subnet.pool, network.id)
+    return networks
+
+
+# Addresses.
 
 
 def reservation(view: Draft | View, pool: Pool) -> list[Reservation]:
     """Return the addresses of a pool that are taken."""
     return list(view.all(Reservation, records.addresses(pool.space, pool.cidr)))
+
+
+def fixed(draft: Draft, pool: Pool) -> dict[IPAddress, bool]:
+    """
+    Return what a created network keeps for itself, and which of it is the gateway.
+
+    It is held too, but its record can be lost: the host that asked for it may be
+    removed from the cluster, and Docker creates networks in parallel, so that a create
+    that failed gives back what it shared with one that did not.
+    """
+    network = draft.get(Network, records.network(pool.network))
+    found = {}
+    for subnet in network.subnets if network is not None else ():
+        if subnet.pool == pool.cidr:
+            found.update(dict.fromkeys(subnet.reserved, False))
+            if subnet.gateway is not None:
+                found[subnet.gateway] = True
+    return found
+
+
+def is_fixed(draft: Draft, pool: Pool, held: Reservation) -> bool:
+    """Tell whether an address is the pool's own while its network exists."""
+    return held.ip in fixed(draft, pool)
+
+
+class Picker:
+    """
+    Chooses among free addresses: the lowest, as Docker's users expect.
+
+    Hosts that ask at the same time would all choose that one, and go on meeting at the
+    next; so whoever has lost a race draws one of the next few.
+    """
+
+    def __init__(self) -> None:
+        """Have lost no race yet."""
+        self.turns = 0
+
+    def pick(self, free: Iterator[IPAddress]) -> IPAddress | None:
+        """Choose one, None if there is none; each further call is after a lost race."""
+        many = min(FEW << (self.turns - 1), MOST) if self.turns else 1
+        self.turns += 1
+        few = list(islice(free, many))
+        return secrets.choice(few) if few else None
+
+
+def choose(
+    draft: Draft, pool: Pool, sub: IPNetwork | None, host: str, picker: Picker
+) -> IPAddress:
+    """
+    Find a free address in a block that no other host has.
+
+    Raises Exhausted with the pool's name and counts.
+    """
+    numbers = {int(r.ip) for r in reservation(draft, pool)}
+    numbers |= {int(ip) for ip in fixed(draft, pool)}
+    numbers |= spoken_for(draft, pool)
+    free = (
+        ip
+        for ip in pools.candidates(pool.cidr, sub, numbers)
+        if block_of(draft, pool, ip) in ("", host)
+    )
+    chosen = picker.pick(free)
+    if chosen is None:
+        first, last = pools.window(pool.cidr, sub)
+        raise Exhausted(
+            f"pool {sub or pool.cidr} has no free address: "
+            f"{sum(first <= n <= last for n in numbers)} taken of {last - first + 1}; "
+            "remove containers, or use a larger --subnet"
+        )
+    return chosen
+
+
+def spoken_for(draft: Draft, pool: Pool) -> set[int]:
+    """Return the IPv4 addresses whose MACs containers have chosen for themselves."""
+    if pool.cidr.version != 4:
+        return set()
+    endpoints = draft.all(Endpoint, f"endpoints/{pool.network}/")
+    macs = (e.mac.replace(":", "") for e in endpoints if e.user_mac)
+    return {int(mac[4:], 16) for mac in macs if mac.startswith("0242")}
+
+
+def block_of(draft: Draft, pool: Pool, ip: IPAddress) -> str:
+    """Return the host that has the block of an address, "" for nobody."""
+    key = records.block(pool.space, pool.cidr, pools.block(pool.cidr, ip))
+    block = draft.view.get(Block, key)
+    return block.host if block is not None else ""
+
+
+def check_block(draft: Draft, pool: Pool, wish: Reservation) -> None:
+    """Raise Conflict if another host gives out an address's block, now or meanwhile."""
+    span = pools.block(pool.cidr, wish.ip)
+    block = draft.get(Block, records.block(pool.space, pool.cidr, span))
+    if block is not None and block.host != wish.host:
+        raise Conflict(
+            f"address {wish.ip} lies in block {span}, whose addresses host "
+            f"{host_name(draft, block.host)} gives out; choose another address"
+        )
+
+
+def host_name(view: Draft | View, host: str) -> str:
+    """Return what a host calls itself, or its short id."""
+    # Not by `get`: whatever it calls itself, the decision is the same.
+    known = (view.view if isinstance(view, Draft) else view).get(
+        Host, records.host(host)
+    )
+    return known.name if known is not None else host[:8]
+
+
+def endpoint_name(draft: Draft, endpoint: Endpoint) -> str:
+    """Return the name that an endpoint's address was taken with, or its short id."""
+    for pool in pools_of(draft, endpoint.network):
+        for address in endpoint.addresses:
+            key = records.address(pool.space, pool.cidr, address.ip)
+            held = draft.view.get(Reservation, key)
+            if held is not None and held.name:
+                return held.name
+    return endpoint.id[:12]

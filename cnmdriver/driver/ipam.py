@@ -8,22 +8,27 @@ another driver nothing ever binds them, so they are held until they are released
 Requests can come again. One that names what it wants gets the same answer for as long
 as nothing was built on the first answer; after that it is a second wish for the same
 thing, and refused.
+
+Hosts that name the same pool mean the same network, and its gateway is the same for
+all: whoever asks first decides it, the others are told. Locks here only spare this
+host's own calls lost races; that no two hosts take one thing is the store's doing, as
+each decision expects the keys it relies on.
 """
 
 import asyncio
 import re
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import structlog
 
 from cnmdriver.driver import claims
+from cnmdriver.driver.claims import Picker
 from cnmdriver.driver.site import Site
 from cnmdriver.errors import Conflict, Exhausted, InvalidParameter, NotFound
 from cnmdriver.model import (
-    Block,
     Endpoint,
     IPAddress,
     IPInterface,
@@ -32,6 +37,7 @@ from cnmdriver.model import (
     Network,
     Pool,
     Reservation,
+    Subnet,
     interface,
 )
 from cnmdriver.plan import pools
@@ -40,6 +46,7 @@ from cnmdriver.store import records
 from cnmdriver.store.view import Draft
 
 OPTIONS = ("pynet.network", "pynet.space")
+RESERVED = "a reservation of docker network create"
 log = structlog.get_logger()
 
 SPACE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
@@ -117,9 +124,15 @@ class IpamDriver:
     def of_network(self, draft: Draft, request: PoolRequest) -> Pool:
         """Find the pool of a network the user named, in the wanted family."""
         for pool in claims.pools_of(draft, request.network):
-            if pool.cidr.version == request.version:
+            wanted = pool.cidr.version == request.version
+            if wanted and request.pool in (None, pool.cidr):
                 self.check_repeat(draft, pool)
                 return pool
+        if request.pool is not None:
+            raise Conflict(
+                f"pool {request.pool} is not one of network {request.network}; leave "
+                "--subnet or --ipam-opt pynet.network out"
+            )
         raise NotFound(
             f"network {request.network} has no IPv{request.version} pool; "
             "pynet network ls shows the networks there are"
@@ -136,6 +149,9 @@ class IpamDriver:
         """Find or make the pool a user named."""
         pool = draft.get(Pool, records.pool(space, cidr))
         if pool is not None:
+            # Routes are not looked at: the way to a pool that another host has claimed
+            # may lie in this host's network, and whether this host gets a route of its
+            # own is not known before CreateNetwork, which looks at them then.
             self.check_repeat(draft, pool)
             return pool
         others = claims.taken(draft, space)
@@ -162,7 +178,7 @@ class IpamDriver:
     def check_repeat(self, draft: Draft, pool: Pool) -> None:
         """Raise Conflict if this host built on the pool already."""
         host = self.site.host.id
-        member = draft.get(Member, records.member(pool.network, host))
+        member = claims.part(draft, host, pool)
         if member is None:
             return
         used = any(r.host == host for r in claims.reservation(draft, pool))
@@ -200,12 +216,15 @@ class IpamDriver:
 
     def claim(self, draft: Draft, pool: Pool, identity: str) -> None:
         """Write this host's claim; a repeated one counts once."""
-        key = records.member(pool.network, self.site.host.id)
-        member = draft.get(Member, key) or Member(
-            network=pool.network, host=self.site.host.id
+        host = self.site.host.id
+        member = (
+            claims.part(draft, host, pool)
+            or draft.get(Member, records.member(pool.network, host))
+            or Member(network=pool.network, host=host)
         )
         if identity not in member.claims:
             claims.touch(draft, [pool.space])
+            key = records.member(member.network, host)
             draft.put(key, replace(member, claims=(*member.claims, identity)))
 
     async def release_pool(self, pool_id: str) -> None:
@@ -215,20 +234,28 @@ class IpamDriver:
         def decide(draft: Draft) -> None:
             for member in draft.all(Member, "members/"):
                 if member.host == self.site.host.id and pool_id in member.claims:
-                    left = tuple(c for c in member.claims if c != pool_id)
-                    self.unclaim(draft, replace(member, claims=left))
+                    self.unclaim(draft, member, pool_id)
 
         async with self.lock:
             await self.site.state.remove(decide)
 
-    def unclaim(self, draft: Draft, member: Member) -> None:
-        """Write what is left of a member, and drop what nobody claims."""
+    def unclaim(self, draft: Draft, member: Member, pool_id: str) -> None:
+        """Take a claim from a member, and drop what nobody claims any more."""
+        left = tuple(c for c in member.claims if c != pool_id)
         key = records.member(member.network, member.host)
-        if member.claims or member.docker_id:
-            draft.put(key, member)
+        if left or member.docker_id:
+            draft.put(key, replace(member, claims=left))
         else:
             draft.delete(key)
-        claims.prune(draft, member.network)
+        identity = pools.parse_id(pool_id)
+        pool = draft.get(Pool, records.pool(identity.space, identity.pool))
+        if pool is not None:
+            if claims.part(draft, member.host, pool) is None:
+                claims.vacate(draft, member.host, pool)
+            # Of several pools one network was made, perhaps by another host.
+            claims.prune(draft, pool.network)
+        if pool is None or pool.network != member.network:
+            claims.prune(draft, member.network)
 
     async def request_address(
         self, pool_id: str, *, address: IPAddress | None, gateway: bool, name: str
@@ -244,6 +271,8 @@ class IpamDriver:
             pools.check_address(identity.pool, address)
             await self.reap_holder(identity, address)
 
+        picker = Picker()
+
         def decide(draft: Draft) -> IPAddress:
             pool = self.claimed_pool(draft, identity, pool_id)
             wish = Reservation(
@@ -254,14 +283,41 @@ class IpamDriver:
                 name=name,
                 gateway=gateway,
             )
+            settled = self.settled(draft, pool, wish, named=address is not None)
+            if settled is not None:
+                return settled
             if address is None:
-                wish = self.choose(draft, pool, identity, wish)
+                wish = self.choose(draft, pool, identity, wish, picker)
             self.take(draft, pool, wish)
             return wish.ip
 
         async with self.lock:
             chosen = await self.site.state.commit(decide)
         return interface(chosen, identity.pool)
+
+    def settled(
+        self, draft: Draft, pool: Pool, wish: Reservation, *, named: bool
+    ) -> IPAddress | None:
+        """
+        Answer what the pool's network has decided already, None if it has not.
+
+        Its gateway is the gateway on every host. What it reserves is granted to a
+        host that is creating it too, and is refused as a container's address.
+        """
+        network = draft.get(Network, records.network(pool.network))
+        subnets = network.subnets if network is not None else ()
+        subnet = next((s for s in subnets if s.pool == pool.cidr), None)
+        if subnet is None:
+            return None
+        if wish.gateway:
+            return known_gateway(pool, subnet, wish.ip if named else None)
+        if not named or wish.ip not in claims.fixed(draft, pool):
+            return None
+        member = draft.get(Member, records.member(pool.network, wish.host))
+        if wish.ip in subnet.reserved and not (member and member.docker_id):
+            return wish.ip
+        of = "the network's gateway" if wish.ip == subnet.gateway else RESERVED
+        raise self.taken(wish, of)
 
     async def reap_holder(self, identity: PoolId, address: IPAddress) -> None:
         """Free a wanted address of an endpoint that Docker forgot when it died."""
@@ -275,8 +331,7 @@ class IpamDriver:
         """Return the pool, if this host has claimed it."""
         pool = draft.get(Pool, records.pool(identity.space, identity.pool))
         if pool is not None:
-            key = records.member(pool.network, self.site.host.id)
-            member = draft.get(Member, key)
+            member = claims.part(draft, self.site.host.id, pool)
             # A created network has its pools, whoever gave the claim back: of two
             # creates at once both claim, and the one that failed releases.
             if member and (member.docker_id or pool_id in member.claims):
@@ -287,58 +342,50 @@ class IpamDriver:
         )
 
     def choose(
-        self, draft: Draft, pool: Pool, identity: PoolId, wish: Reservation
+        self,
+        draft: Draft,
+        pool: Pool,
+        identity: PoolId,
+        wish: Reservation,
+        picker: Picker,
     ) -> Reservation:
-        """Find the lowest free address in a block that no other host has."""
-        held = claims.reservation(draft, pool)
+        """Find a free address; all that ask for a gateway get the same."""
         if wish.gateway:
-            again = next((r for r in held if r.gateway and not r.bound), None)
+            held = claims.reservation(draft, pool)
+            again = next((r for r in held if r.gateway), None)
             if again is not None:
                 return replace(wish, ip=again.ip)
-        numbers = {int(r.ip) for r in held} | set(fixed(draft, pool))
-        for ip in pools.candidates(pool.cidr, identity.sub, numbers):
-            if self.owner(draft, pool, ip) in ("", wish.host):
-                return replace(wish, ip=ip)
-        first, last = pools.window(pool.cidr, identity.sub)
-        raise Exhausted(
-            f"pool {identity.sub or pool.cidr} has no free address: "
-            f"{sum(first <= n <= last for n in numbers)} taken of {last - first + 1}; "
-            "remove containers, or use a larger --subnet"
-        )
-
-    def owner(self, draft: Draft, pool: Pool, ip: IPAddress) -> str:
-        """Return the host that has the block of an address, "" for nobody."""
-        part = pools.block(pool.cidr, ip)
-        block = draft.view.get(Block, records.block(pool.space, pool.cidr, part))
-        return block.host if block is not None else ""
+        ip = claims.choose(draft, pool, identity.sub, wish.host, picker)
+        return replace(wish, ip=ip)
 
     def take(self, draft: Draft, pool: Pool, wish: Reservation) -> None:
         """Write a reservation; it must not be another's, nor its block."""
-        part = pools.block(pool.cidr, wish.ip)
-        block = draft.get(Block, records.block(pool.space, pool.cidr, part))
-        if block is not None and block.host != wish.host:
-            raise Conflict(
-                f"address {wish.ip} lies in block {part}, whose addresses host "
-                f"{block.host[:8]} gives out; choose another address"
-            )
+        claims.check_block(draft, pool, wish)
         key = records.address(pool.space, pool.cidr, wish.ip)
         held = draft.get(Reservation, key)
         if held is None:
             draft.put(key, wish)
         elif not same_wish(held, wish, pool):
-            raise Conflict(
-                f"address {wish.ip} of pool {pool.cidr} is taken by {self.who(held)}; "
-                "choose another or remove that container"
-            )
+            raise self.taken(wish, self.who(draft, held))
 
-    def who(self, held: Reservation) -> str:
-        """Name the owner of an address."""
-        host = "" if held.host == self.site.host.id else f" on host {held.host[:8]}"
+    def taken(self, wish: Reservation, owner: str) -> Conflict:
+        """Make the refusal of an address that has an owner."""
+        return Conflict(
+            f"address {wish.ip} of pool {wish.cidr} is taken by {owner}; choose "
+            "another or remove that container"
+        )
+
+    def who(self, draft: Draft, held: Reservation) -> str:
+        """Name the owner of an address, and the host if it is another."""
         if held.gateway:
-            return f"the network's gateway{host}"
+            return "the network's gateway"
+        if held.bound and held.name and not held.endpoint:
+            return held.name  # A host's own, which is called after it.
+        own = held.host == self.site.host.id
+        host = "" if own else f" on host {claims.host_name(draft, held.host)}"
         if held.endpoint:
             return f"{held.name or self.site.name(held.endpoint)}{host}"
-        return f"{held.name or 'a reservation of docker network create'}{host}"
+        return f"{held.name or RESERVED}{host}"
 
     async def release_address(self, pool_id: str, address: IPAddress) -> None:
         """Give an address back; another host's or a free one is left as it is."""
@@ -355,7 +402,10 @@ class IpamDriver:
 
         def decide(draft: Draft) -> None:
             again = draft.get(Reservation, key)
-            if again is not None and again.host == self.site.host.id:
+            if again is None or again.host != self.site.host.id:
+                return
+            pool = draft.get(Pool, records.pool(again.space, again.cidr))
+            if pool is None or not is_kept(draft, pool, again):
                 draft.delete(key)
 
         await self.site.state.remove(decide)
@@ -371,18 +421,35 @@ class IpamDriver:
         return self.site.view.get(Endpoint, key)
 
 
-def fixed(draft: Draft, pool: Pool) -> Iterator[int]:
+def known_gateway(
+    pool: Pool, subnet: Subnet, wished: IPAddress | None
+) -> IPAddress | None:
     """
-    Yield the addresses that a created network keeps for itself.
+    Return the gateway a network has, None if it has none yet.
 
-    They are held too, unless a create that failed gave back what it shared with one
-    that did not: Docker creates networks in parallel.
+    Raises Conflict if another one is wished.
     """
+    if subnet.gateway is None or wished in (None, subnet.gateway):
+        return subnet.gateway
+    raise Conflict(
+        f"network {pool.network} on pool {pool.cidr} has gateway {subnet.gateway}, not "
+        f"{wished}; leave --gateway out or give that one"
+    )
+
+
+def is_kept(draft: Draft, pool: Pool, held: Reservation) -> bool:
+    """
+    Tell whether an address stays the pool's when the host that asked gives it back.
+
+    What the network reserves does, and so does the gateway: others may have been told
+    it, as long as no network says otherwise.
+    """
+    if claims.is_fixed(draft, pool, held):
+        return True
+    if not held.gateway or held.bound:
+        return held.gateway
     network = draft.get(Network, records.network(pool.network))
-    for subnet in network.subnets if network is not None else ():
-        if subnet.pool == pool.cidr:
-            own = (subnet.gateway, *subnet.reserved)
-            yield from (int(ip) for ip in own if ip is not None)
+    return network is None and bool(claims.claimants(draft, pool) - {held.host})
 
 
 def same_wish(held: Reservation, wish: Reservation, pool: Pool) -> bool:
@@ -390,12 +457,14 @@ def same_wish(held: Reservation, wish: Reservation, pool: Pool) -> bool:
     Tell whether a wish for a held address is the one that took it, come again.
 
     Under another driver nothing is ever bound; there only Docker's name for the
-    container, or the gateway's role, can show that it is the same.
+    container can show that it is the same. The gateway is the same for all hosts.
     """
+    if held.gateway and wish.gateway:
+        return True
     if held.host != wish.host or held.bound or held.gateway != wish.gateway:
         return False
     same_name = bool(held.name) and held.name == wish.name
-    return held.gateway or same_name or pool.claimed
+    return same_name or pool.claimed
 
 
 def read_request(
@@ -424,7 +493,7 @@ def read_request(
         space=name,
         pool=pool,
         sub=sub,
-        network="" if pool is not None else options.get("pynet.network", ""),
+        network=options.get("pynet.network", ""),
         version=version,
     )
 

@@ -11,7 +11,7 @@ is a Conflict, and removing what is gone is a success.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Interface, IPv6Address, IPv6Interface
@@ -20,7 +20,10 @@ from weakref import WeakValueDictionary
 import structlog
 
 from cnmdriver.driver import claims, publishing
+from cnmdriver.driver.claims import Picker
+from cnmdriver.driver.joining import Joining
 from cnmdriver.driver.publishing import Publisher
+from cnmdriver.driver.remotes import Remotes
 from cnmdriver.driver.sandboxes import Sandboxes
 from cnmdriver.driver.site import Site
 from cnmdriver.errors import (
@@ -40,9 +43,9 @@ from cnmdriver.model import (
     Reservation,
     Subnet,
 )
-from cnmdriver.plan import devices, firewall, options, pools
-from cnmdriver.plan.modes import MODES
+from cnmdriver.plan import devices, firewall, options, router
 from cnmdriver.store import records
+from cnmdriver.store.records import Space
 from cnmdriver.store.view import Draft
 
 log = structlog.get_logger()
@@ -54,12 +57,12 @@ class NetworkDriver:
     def __init__(self, site: Site, *, mode: str = "bridge") -> None:
         """Take the site, and the mode of networks that do not say theirs."""
         self.site = site
-        self.mode = mode
+        self.joining = Joining(site, mode)
+        self.remotes = Remotes(site)
         self.publisher = Publisher(site)
         self.sandboxes = Sandboxes(site)
         self.locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self.creating = asyncio.Lock()
-        self.told: set[str] = set()
 
     @asynccontextmanager
     async def locked(self, docker_id: str) -> AsyncIterator[None]:
@@ -79,171 +82,42 @@ class NetworkDriver:
         internal: bool,
     ) -> None:
         """
-        Create a network here.
+        Create a network here, or join it if another host has created it.
 
         Raises InvalidParameter for its options, Conflict if a subnet, a bridge name or
-        the id is in use, KernelError if the kernel cannot hold it.
+        the id is in use or a network that is joined is another than the one described,
+        KernelError if the kernel cannot hold it.
         """
-        wanted = self.read(docker_id, subnets, options, internal=internal)
+        wish = self.joining.read(docker_id, subnets, options, internal=internal)
+        pickers = {4: Picker(), 6: Picker()}
         async with self.locked(docker_id):
             before = self.part(docker_id)
             try:
+                around = await self.joining.around()
                 # Of two with one subnet or bridge, the second must see the first.
                 async with self.creating:
                     member = await self.site.state.commit(
-                        lambda draft: self.join_network(draft, *wanted)
+                        lambda draft: self.joining.decide(draft, wish, around, pickers)
                     )
                 await self.site.dataplane.apply(self.site.network_plan(member))
+                if member.addresses:
+                    await self.remotes.carry(member.network)
             except (DriverError, asyncio.CancelledError):
                 made = self.part(docker_id)
                 if before is None and made is not None:
-                    await self.site.state.remove(
-                        lambda draft: self.leave_network(draft, made)
-                    )
+                    await self.leave_network(made)
                 raise
 
     def part(self, docker_id: str) -> Member | None:
         """Return this host's part in the network Docker means, if there is one."""
-        members = self.site.members()
-        return next((m for m in members if m.docker_id == docker_id), None)
+        return self.joining.part(docker_id)
 
-    def read(
-        self,
-        docker_id: str,
-        subnets: tuple[Subnet, ...],
-        given: Mapping[str, str],
-        *,
-        internal: bool,
-    ) -> tuple[Network, Member]:
-        """Turn a request into records; raises InvalidParameter."""
-        chosen = options.parse(given)
-        for key in chosen.unknown:
-            if key not in self.told:
-                self.told.add(key)
-                log.info("network.option_unused", option=key)
-        real = tuple(s for s in subnets if s.pool.prefixlen)
-        mtu = chosen.mtu or MODES[chosen.mode or self.mode].MTU
-        if mtu < 1280 and any(s.pool.version == 6 for s in real):
-            raise InvalidParameter(f"MTU {mtu} is below IPv6's least, 1280 (RFC 8200)")
-        network = Network(
-            id=docker_id,
-            mode=chosen.mode or self.mode,
-            subnets=real,
-            mtu=mtu,
-            internal=internal,
-            icc=chosen.icc,
-            masquerade=chosen.masquerade,
-            gateway=chosen.gateway,
-        )
-        member = Member(
-            network=docker_id,
-            host=self.site.host.id,
-            docker_id=docker_id,
-            bridge=chosen.bridge or devices.bridge(docker_id),
-            host_binding=chosen.host_binding,
-            prefix=chosen.prefix,
-            options=tuple(sorted(given.items())),
-        )
-        return network, member
-
-    def join_network(self, draft: Draft, network: Network, member: Member) -> Member:
-        """Write a network and this host's part, or find them as they should be."""
-        known = self.part(member.docker_id)
-        if known is not None:
-            network, member = self.renamed(network, member, known.network)
-            before = draft.get(Network, records.network(network.id))
-            if before != network or replace(known, claims=()) != member:
-                raise Conflict(
-                    f"network {self.site.name(member.docker_id)} exists here with "
-                    "other settings; remove it first"
-                )
-            return known
-        identity = self.identity(draft, network)
-        network, member = self.renamed(network, member, identity)
-        self.check_room(draft, network, member)
-        member = self.bind_pools(draft, network, member)
-        draft.put(records.network(network.id), network)
-        draft.put(records.member(network.id, member.host), member)
-        return member
-
-    def renamed(
-        self, network: Network, member: Member, identity: str
-    ) -> tuple[Network, Member]:
-        """Give a network and its member the id that all hosts know it by."""
-        named = member.bridge != devices.bridge(member.docker_id)
-        bridge_name = member.bridge if named else devices.bridge(identity)
-        return (
-            replace(network, id=identity),
-            replace(member, network=identity, bridge=bridge_name),
-        )
-
-    def own_pools(self, draft: Draft, network: Network) -> Iterator[Pool]:
-        """Yield the pools Docker has from us for a network, lowest IPv4 pool first."""
-        for subnet in sorted(
-            network.subnets, key=lambda s: (s.pool.version, s.pool.network_address)
-        ):
-            for pool in draft.all(Pool, "pools/"):
-                key = records.member(pool.network, self.site.host.id)
-                member = draft.view.get(Member, key)
-                free = member is not None and not member.docker_id
-                if pool.cidr == subnet.pool and free:
-                    yield pool
-
-    def identity(self, draft: Draft, network: Network) -> str:
-        """Return the id minted with the network's pool, or Docker's if it has none."""
-        pool = next(self.own_pools(draft, network), None)
-        return network.id if pool is None else pool.network
-
-    def check_room(self, draft: Draft, network: Network, member: Member) -> None:
-        """Raise Conflict if a subnet or the bridge's name is another network's."""
-        mine = {pool.network for pool in self.own_pools(draft, network)}
-        for other in self.site.members():
-            theirs = self.site.view.get(Network, records.network(other.network))
-            name = self.site.name(other.docker_id)
-            if other.bridge == member.bridge:
-                raise Conflict(
-                    f"bridge name {member.bridge} is network {name}'s; choose another"
-                )
-            for subnet in network.subnets:
-                nets = [s.pool for s in theirs.subnets] if theirs else []
-                clash = pools.overlapping(subnet.pool, nets)
-                if clash is not None and other.network not in mine:
-                    raise Conflict(
-                        f"subnet {subnet.pool} overlaps {clash} of network {name}; "
-                        "choose another --subnet or remove that network"
-                    )
-
-    def bind_pools(self, draft: Draft, network: Network, member: Member) -> Member:
-        """Claim the network's pools for it, bind its addresses, gather the claims."""
-        held: list[str] = []
-        for pool in list(self.own_pools(draft, network)):
-            key = records.member(pool.network, member.host)
-            claimer = draft.get(Member, key)
-            if claimer is not None:
-                held += [c for c in claimer.claims if claims.covers(c, pool)]
-                self.hand_over(draft, claimer, pool, network)
-            bound = replace(pool, network=network.id, claimed=True)
-            draft.put(records.pool(pool.space, pool.cidr), bound)
-            for taken in claims.reservation(draft, pool):
-                if taken.host == member.host:
-                    place = records.address(pool.space, pool.cidr, taken.ip)
-                    draft.put(place, replace(taken, bound=True))
-        known = draft.get(Member, records.member(network.id, member.host))
-        rest = known.claims if known is not None else ()
-        return replace(member, claims=tuple(dict.fromkeys((*held, *rest))))
-
-    def hand_over(
-        self, draft: Draft, claimer: Member, pool: Pool, network: Network
-    ) -> None:
-        """Take a pool's claims from the provisional network they were made for."""
-        if claimer.network == network.id:
-            return
-        left = tuple(c for c in claimer.claims if not claims.covers(c, pool))
-        key = records.member(claimer.network, claimer.host)
-        if left:
-            draft.put(key, replace(claimer, claims=left))
-        else:
-            draft.delete(key)
+    async def leave_network(self, member: Member) -> None:
+        """Give this host's part in a network back, in the store and in the kernel."""
+        plan = self.site.network_plan(member)
+        await self.site.state.remove(lambda draft: self.joining.leave(draft, member))
+        await self.site.clear(plan)
+        await self.remotes.update()
 
     async def delete(self, docker_id: str) -> None:
         """Remove a network from this host, with whatever is still attached."""
@@ -253,16 +127,7 @@ class NetworkDriver:
                 return
             for endpoint in self.site.endpoints(member.network):
                 await self.erase(endpoint)
-            plan = self.site.network_plan(member)
-            await self.site.state.remove(
-                lambda draft: self.leave_network(draft, member)
-            )
-            await self.site.clear(plan)
-
-    def leave_network(self, draft: Draft, member: Member) -> None:
-        """Delete this host's part in a network, and the network with its last part."""
-        draft.delete(records.member(member.network, member.host))
-        claims.prune(draft, member.network)
+            await self.leave_network(member)
 
     # Endpoints.
 
@@ -276,10 +141,11 @@ class NetworkDriver:
         mac: str,
     ) -> str:
         """
-        Take a place in a network; the kernel hears of it when the sandbox joins.
+        Take a place in a network; its device is made when the sandbox joins.
 
         Returns the MAC Docker shall set, "" if Docker chose it. Raises Conflict if an
-        address or the MAC is another endpoint's.
+        address or the MAC is another endpoint's on whichever host, KernelError if the
+        kernel cannot know of the other hosts' endpoints.
         """
         async with self.locked(docker_id):
             member = self.site.member(docker_id)
@@ -301,7 +167,8 @@ class NetworkDriver:
                 await self.site.state.commit(
                     lambda draft: self.take_place(draft, network, endpoint)
                 )
-            except asyncio.CancelledError:
+                await self.remotes.carry(network.id)
+            except (DriverError, asyncio.CancelledError):
                 made = self.find(docker_id, endpoint_id)
                 if before is None and made is not None:
                     await self.erase(made)
@@ -353,24 +220,57 @@ class NetworkDriver:
                 )
             return
         for other in draft.all(Endpoint, f"endpoints/{network.id}/"):
-            self.check_distinct(endpoint, other)
+            self.check_distinct(draft, endpoint, other)
         for address in endpoint.addresses:
             self.bind_address(draft, network, endpoint, address)
+        self.watch_macs(draft, network, endpoint)
+        self.check_mac(draft, network, endpoint)
         draft.put(key, endpoint)
 
-    def check_distinct(self, endpoint: Endpoint, other: Endpoint) -> None:
+    def watch_macs(self, draft: Draft, network: Network, endpoint: Endpoint) -> None:
+        """
+        Let no other host take the same MAC meanwhile.
+
+        A MAC that follows from an address is as unique as that; only one of the user's
+        can meet another, so that only it is news to all that take one.
+        """
+        spaces = sorted(p.space for p in claims.pools_of(draft, network.id))[:1]
+        if endpoint.user_mac:
+            claims.touch(draft, spaces)
+        for space in spaces:
+            draft.get(Space, records.space(space))
+
+    def check_mac(self, draft: Draft, network: Network, endpoint: Endpoint) -> None:
+        """Raise Conflict if the gateway or a host itself has an endpoint's MAC."""
+        owners = {
+            devices.mac(member.addresses[0].ip): "host "
+            + claims.host_name(draft, member.host)
+            for member in draft.all(Member, f"members/{network.id}/")
+            if member.addresses
+        }
+        if network.gateway == "pynet":
+            owners[router.mac(network)] = "the network's gateway"
+        if endpoint.mac in owners:
+            raise mac_taken(endpoint, owners[endpoint.mac])
+
+    def check_distinct(self, draft: Draft, endpoint: Endpoint, other: Endpoint) -> None:
         """Raise Conflict if two endpoints of a network share an address or MAC."""
+        theirs = [a.ip for a in other.addresses]
         for mine in endpoint.addresses:
-            if mine.ip in [theirs.ip for theirs in other.addresses]:
+            if mine.ip in theirs:
                 raise Conflict(
-                    f"address {mine.ip} is taken by {self.site.name(other.id)}; "
+                    f"address {mine.ip} is taken by {self.owner(draft, other)}; "
                     "choose another"
                 )
         if endpoint.mac == other.mac:
-            raise Conflict(
-                f"MAC {endpoint.mac} is taken by {self.site.name(other.id)}; "
-                "choose another --mac-address"
-            )
+            raise mac_taken(endpoint, self.owner(draft, other))
+
+    def owner(self, draft: Draft, other: Endpoint) -> str:
+        """Name an endpoint, and its host if that is another one."""
+        if other.host == self.site.host.id:
+            return self.site.name(other.id)
+        host = claims.host_name(draft, other.host)
+        return f"{claims.endpoint_name(draft, other)} on host {host}"
 
     def bind_address(
         self,
@@ -385,6 +285,8 @@ class NetworkDriver:
             raise InvalidParameter(f"address {address} is in no subnet of the network")
         if address.ip == subnet.gateway:
             raise Conflict(f"address {address.ip} is the network's gateway")
+        if address.ip in subnet.reserved:
+            raise Conflict(f"address {address.ip} is reserved by the network")
         # By network: Docker's word for a space need not be the one the user chose.
         pools_ = claims.pools_of(draft, network.id)
         pool = next((p for p in pools_ if p.cidr == subnet.pool), None)
@@ -393,15 +295,24 @@ class NetworkDriver:
         draft.get(Pool, records.pool(pool.space, pool.cidr))
         key = records.address(pool.space, pool.cidr, address.ip)
         held = draft.get(Reservation, key)
-        if held is not None and held.endpoint not in ("", endpoint.id):
-            raise Conflict(
-                f"address {address.ip} is taken by "
-                f"{held.name or self.site.name(held.endpoint)}; choose another"
-            )
         fresh = held or Reservation(
             space=pool.space, cidr=pool.cidr, ip=address.ip, host=endpoint.host
         )
+        if held is None:
+            claims.check_block(draft, pool, fresh)
+        elif held.host != endpoint.host or held.endpoint not in ("", endpoint.id):
+            raise Conflict(
+                f"address {address.ip} is taken by {self.holder(draft, held)}; "
+                "choose another"
+            )
         draft.put(key, replace(fresh, bound=True, endpoint=endpoint.id))
+
+    def holder(self, draft: Draft, held: Reservation) -> str:
+        """Name who has an address, and the host if it is another."""
+        name = held.name or self.site.name(held.endpoint) or "a request of Docker's"
+        if held.host == self.site.host.id:
+            return name
+        return f"{name} on host {claims.host_name(draft, held.host)}"
 
     async def delete_endpoint(self, docker_id: str, endpoint_id: str) -> None:
         """Remove an endpoint; Docker may skip Leave and Revoke before."""
@@ -441,6 +352,7 @@ class NetworkDriver:
 
         await self.site.state.remove(decide)
         await self.site.clear(plan)
+        await self.remotes.update()
 
     def find(self, docker_id: str, endpoint_id: str) -> Endpoint | None:
         """Return an endpoint of this host, None if there is none."""
@@ -473,6 +385,8 @@ class NetworkDriver:
             self.sandboxes.joined(endpoint)
             try:
                 await self.put(endpoint)
+                # What others were given up to now is known before its first packet.
+                await self.remotes.update()
                 await self.site.dataplane.apply(self.site.endpoint_plan(endpoint))
             except (DriverError, asyncio.CancelledError):
                 await self.site.state.remove(lambda draft: self.write(draft, before))
@@ -540,7 +454,7 @@ class NetworkDriver:
         options: Mapping[str, str],
     ) -> Mapping[str, str]:
         """Check a network's options for all nodes, and answer them as they are."""
-        self.read(docker_id, subnets, options, internal=False)
+        self.joining.read(docker_id, subnets, options, internal=False)
         return dict(options)
 
     async def free(self, docker_id: str) -> None:
@@ -551,9 +465,24 @@ class NetworkDriver:
         log.debug("docker.node", address=address, gone=gone, own=own)
 
     def skips_gateway(self, given: Mapping[str, str], *, internal: bool) -> bool:
-        """Tell whether a network needs no gateway address; checks its options."""
+        """
+        Tell whether a network needs no gateway address; checks its options.
+
+        Docker asks before it tells the pools, so that a network that is joined is not
+        known yet: its gateway is the network's, requested or not.
+        """
         del internal  # The host has an address on an internal network too.
-        return options.parse(given).gateway != "pynet"
+        chosen = options.parse(given)
+        mode = chosen.mode or self.joining.mode
+        options.check_mode(chosen, mode)
+        return options.gateway_of(chosen, mode) != "pynet"
+
+
+def mac_taken(endpoint: Endpoint, owner: str) -> Conflict:
+    """Make the refusal of a MAC that has an owner."""
+    return Conflict(
+        f"MAC {endpoint.mac} is taken by {owner}; choose another --mac-address"
+    )
 
 
 def attachment(network: Network, member: Member, endpoint: Endpoint) -> Attachment:

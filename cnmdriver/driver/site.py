@@ -5,16 +5,25 @@ What should be is computed from the view each time; nothing here is remembered t
 view does not have, but for what Docker alone knows (its own bridges).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import structlog
 
 from cnmdriver.errors import KernelError, NotFound
-from cnmdriver.model import Endpoint, Host, IPNetwork, Member, Network
+from cnmdriver.model import (
+    Endpoint,
+    Host,
+    IPAddress,
+    IPNetwork,
+    Member,
+    Network,
+    Remote,
+    Underlay,
+)
 from cnmdriver.plan import devices, firewall, ops
-from cnmdriver.plan.modes import MODES
+from cnmdriver.plan.modes import MODES, Mode
 from cnmdriver.plan.ops import Plan
 from cnmdriver.store import records
 from cnmdriver.store.state import State
@@ -48,6 +57,17 @@ class Dataplane(Protocol):
 
     async def routes(self) -> tuple[tuple[IPNetwork, str], ...]:
         """Return the host's own connected routes, each with its device."""
+
+    async def underlay(self, wish: str, towards: Iterable[IPAddress]) -> Underlay:
+        """
+        Find the host's end of the tunnels: by address, by device, or for itself.
+
+        An empty wish is the way to the first of the addresses that is not on this
+        host, or the default route. Raises InvalidParameter for what cannot be one.
+        """
+
+    async def vnis(self) -> frozenset[int]:
+        """Return the VXLAN network identifiers that devices of others have here."""
 
     def has_sandbox(self, key: str) -> bool:
         """Tell whether a sandbox is still there."""
@@ -109,26 +129,75 @@ class Site:
 
     # What the kernel should hold.
 
+    def mode(self, network: str) -> tuple[Network, Member, Mode] | None:
+        """Return what plans of a network are made of, if it is one of this host's."""
+        found = self.view.get(Network, records.network(network))
+        member = self.view.get(Member, records.member(network, self.host.id))
+        if found is None or member is None or found.mode not in MODES:
+            return None
+        return found, member, MODES[found.mode]
+
     def network_plan(self, member: Member) -> Plan:
         """Return the plan of a network, whatever is attached to it."""
         network = self.view.get(Network, records.network(member.network))
         if network is None or network.mode not in MODES:
             return ()
-        return (
-            *MODES[network.mode].network(network, member),
-            *firewall.docker(sorted(self.docker_bridges)),
-        )
+        plan = MODES[network.mode].network(network, member, self.host)
+        if firewall.table().key not in {op.key for op in plan}:
+            return plan
+        return (*plan, *firewall.docker(sorted(self.docker_bridges)))
 
     def endpoint_plan(self, endpoint: Endpoint) -> Plan:
         """Return the plan of an endpoint: nothing before it joins or after a reboot."""
-        network = self.view.get(Network, records.network(endpoint.network))
-        key = records.member(endpoint.network, self.host.id)
-        member = self.view.get(Member, key)
-        if network is None or network.mode not in MODES or member is None:
+        found = self.mode(endpoint.network)
+        if found is None or not devices.is_live(endpoint, self.boot):
             return ()
-        if not devices.is_live(endpoint, self.boot):
+        network, member, mode = found
+        return mode.endpoint(network, member, endpoint, self.host)
+
+    def source_plan(self, key: str) -> Plan:
+        """Return what a record of another host, by its key, calls for on this one."""
+        kind, network, _ = key.split("/")
+        found = self.mode(network)
+        record = self.view.get(Endpoint if kind == "endpoints" else Member, key)
+        if found is None or not isinstance(record, Endpoint | Member):
             return ()
-        return MODES[network.mode].endpoint(network, member, endpoint)
+        vtep = self.vtep(record.host)
+        if vtep is None:
+            return ()
+        shared, member, mode = found
+        if isinstance(record, Endpoint):
+            return mode.remote(shared, member, reached(record, vtep), self.host)
+        own = mode.peer(shared, member, vtep, self.host) if record.docker_id else ()
+        if record.addresses:
+            own += mode.remote(shared, member, reached(record, vtep), self.host)
+        return own
+
+    def vtep(self, host: str) -> IPAddress | None:
+        """Return the tunnel address of another host that is alive."""
+        if host == self.host.id or not self.view.seen(records.alive(host)):
+            return None
+        found = self.view.get(Host, records.host(host))
+        return found.vtep if found is not None else None
+
+    def carries(self, network: str) -> bool:
+        """Tell whether this host needs to know of the others' endpoints."""
+        member = self.view.get(Member, records.member(network, self.host.id))
+        if member is None:
+            return False
+        return bool(member.addresses or self.endpoints(network))
+
+    def remote_plan(self, member: Member) -> Plan:
+        """Return what the records of other hosts on a network call for on this one."""
+        if not self.carries(member.network):
+            return ()
+        return ops.union(map(self.source_plan, self.sources(member.network)))
+
+    def sources(self, network: str) -> Iterator[str]:
+        """Yield the keys of all parts and endpoints that hosts have on a network."""
+        for prefix in (f"members/{network}/", f"endpoints/{network}/"):
+            for group in self.view.matching(prefix):
+                yield from (key for key in group if key.startswith(prefix))
 
     def desired(self) -> Plan:
         """Return the union of all plans of this host."""
@@ -136,6 +205,7 @@ class Site:
         for member in self.members():
             plans.append(self.network_plan(member))
             plans += [self.endpoint_plan(e) for e in self.endpoints(member.network)]
+            plans.append(self.remote_plan(member))
         return ops.union(plans)
 
     def unwanted(self, plan: Plan) -> Plan:
@@ -149,3 +219,10 @@ class Site:
             await self.dataplane.clear(plan, self.unwanted)
         except KernelError as error:
             log.warning("kernel.not_cleared", error=str(error))
+
+
+def reached(record: Endpoint | Member, vtep: IPAddress) -> Remote:
+    """Return how an endpoint, or a host itself, is reached through a tunnel."""
+    addresses = tuple(a.ip for a in record.addresses)
+    mac = record.mac if isinstance(record, Endpoint) else devices.mac(addresses[0])
+    return Remote(mac=mac, addresses=addresses, vtep=vtep)

@@ -179,6 +179,7 @@ class Sync:
             yield self.site.network_plan(member)
             for endpoint in self.site.endpoints(member.network):
                 yield self.site.endpoint_plan(endpoint)
+            yield self.site.remote_plan(member)
 
     # What Docker no longer has, and what nobody claimed.
 

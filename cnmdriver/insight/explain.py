@@ -16,32 +16,56 @@ from pathlib import PurePosixPath
 from cnmdriver.driver.network import attachment
 from cnmdriver.driver.site import Site
 from cnmdriver.model import Endpoint, IPAddress, Member, Network
-from cnmdriver.plan import ops
+from cnmdriver.plan import devices, ops
 from cnmdriver.plan.ops import (
+    HOST,
     Accept,
     Address,
     Bridge,
     Command,
     Element,
+    Fdb,
     Hold,
+    Interface,
     Key,
+    Namespace,
+    Neighbour,
     Op,
     Plan,
+    Route,
     Sysctl,
     Table,
     Veth,
+    Vxlan,
 )
 from cnmdriver.store import records
 
+WHO = "who is where, as nothing is learnt: MAC to host or port, address to MAC"
 PURPOSES: dict[type[Op], str] = {
-    Table: "the chains every packet of ours passes, and the sets they look into",
+    Namespace: "a namespace for the overlays: the host's firewall sees nothing in it",
     Element: "what the sets know",
     Accept: "let our devices pass the host's own FORWARD chain",
     Bridge: "the bridge",
-    Address: "the gateway's addresses",
-    Veth: "a pair: one end is a port of the bridge, the other is for the sandbox",
+    Vxlan: "the tunnels: a port of the bridge that leads to the other hosts",
+    Fdb: WHO,
+    Neighbour: WHO,
+    Sysctl: "settings of the device",
+    Interface: "the host's end of that pair",
+    Address: "the host's addresses there",
+    Route: "the host's way to the pools, by its own address there",
     Hold: "the daemon keeps the published ports from other programs",
 }
+TABLES = {
+    "inet": "the chains every packet of ours passes, and the sets they look into",
+    "bridge": "no frame from or to a gateway of ours passes a tunnel",
+}
+SETTINGS = {True: "let the host route", False: "nor are iptables' rules asked there"}
+PAIRS = {
+    "gateway": "a pair: one end is a port of the bridge, the other is the gateway",
+    "access": "a pair: one end is a port of the bridge, the other is the host's own",
+    "endpoint": "a pair: one end is a port of the bridge, the other is for the sandbox",
+}
+"""By the kind in the alias."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,9 +103,16 @@ def script(host: str, listed: Iterable[Part]) -> str:
 
 def purpose_of(op: Op) -> str:
     """Say what an operation is for."""
-    if isinstance(op, Sysctl):
-        return "settings of the bridge" if op.device else "let the host route"
-    return PURPOSES.get(type(op), type(op).__name__.lower())
+    match op:
+        case Sysctl(device=""):
+            return SETTINGS[op.where == HOST]
+        case Table():
+            return TABLES[op.family]
+        case Veth():
+            return PAIRS.get(devices.kind(op.alias), PAIRS["endpoint"])
+        case Fdb(mac=ops.FLOOD):
+            return "what is for everybody goes to every host"
+    return PURPOSES[type(op)]
 
 
 def block(purpose: str, group: Plan) -> Iterator[str]:
@@ -97,7 +128,7 @@ def block(purpose: str, group: Plan) -> Iterator[str]:
     for op in group:
         if isinstance(op, Hold):
             yield f"# - {held(op)}"
-        yield from map(shlex.join, commands(op))
+        yield from map(shlex.join, op.commands())
 
 
 def chain(version: int) -> tuple[Command, ...]:
@@ -122,14 +153,6 @@ def docker(part: Part) -> Iterator[str]:
         yield from ("", "# Docker: the sandbox", *map(shlex.join, part.docker))
     if part.remark:
         yield from ("", f"# {part.remark}")
-
-
-def commands(op: Op) -> tuple[Command, ...]:
-    """Return an operation's commands; names that are words of nft stay in quotes."""
-    if isinstance(op, Element):
-        place = ("nft", "add", "element", op.family, op.table, op.set)
-        return ((*place, f"{{ {op.text} }}"),)
-    return op.commands()
 
 
 def clean(text: str) -> str:
@@ -157,6 +180,9 @@ def parts(site: Site, members: list[Member]) -> Iterator[Part]:
                 docker=seat.commands() if seat else (),
                 remark=remark(network, seat),
             )
+        others = site.remote_plan(member)
+        if others:
+            yield Part(title=f"what other hosts have on network {name}", plan=others)
 
 
 def remark(network: Network, seat: "Seat | None") -> str:
@@ -209,11 +235,11 @@ def seated(site: Site, members: list[Member]) -> Iterator[Seat]:
     ]
     most = sorted(joined, key=lambda j: -len(j[2]))
     way = {e.sandbox: e.id for _, e, _ in reversed(most)}
-    devices = Counter[tuple[str, str]]()
+    numbers = Counter[tuple[str, str]]()
     opened: set[str] = set()
     for member, endpoint, offered in joined:
-        number = devices[endpoint.sandbox, member.prefix]
-        devices[endpoint.sandbox, member.prefix] += 1
+        number = numbers[endpoint.sandbox, member.prefix]
+        numbers[endpoint.sandbox, member.prefix] += 1
         yield Seat(
             endpoint=endpoint,
             source=attachment(site.network(member), member, endpoint).device,

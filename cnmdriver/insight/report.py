@@ -1,6 +1,6 @@
 """What pynet knows, as values for JSON: networks, endpoints, ports and pools."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 from cnmdriver.driver import claims
@@ -8,7 +8,9 @@ from cnmdriver.driver.site import Site
 from cnmdriver.errors import Conflict, NotFound
 from cnmdriver.model import (
     PROTOCOLS,
+    Alive,
     Endpoint,
+    Host,
     IPAddress,
     Member,
     Network,
@@ -18,7 +20,7 @@ from cnmdriver.model import (
 )
 from cnmdriver.plan import devices
 from cnmdriver.plan import pools as arithmetic
-from cnmdriver.plan.bridge import relayed
+from cnmdriver.plan.router import relayed
 from cnmdriver.store import records
 
 Json = dict[str, object]
@@ -99,6 +101,50 @@ def endpoint(site: Site, member: Member, one: Endpoint) -> Json:
         "device": devices.port(one.id),
         "published": [port(published, one) for published in one.published],
     }
+
+
+def hosts(site: Site, marks: Mapping[str, int]) -> list[Json]:
+    """
+    Return the hosts of the cluster, by name; `marks` is how far each one's kernel is.
+
+    `behind` counts the records of others, on networks the host has endpoints on, that
+    are newer than what its kernel holds. `since` is by the host's own clock.
+    """
+    everything = list(site.view.all(Endpoint, "endpoints/"))
+    found = []
+    for host in site.view.all(Host, "hosts/"):
+        alive = site.view.get(Alive, records.alive(host.id))
+        carried = {e.network for e in everything if e.host == host.id}
+        mark = marks.get(host.id, 0)
+        newer = [
+            e
+            for e in everything
+            if e.network in carried
+            and e.host != host.id
+            and site.view.seen(records.endpoint(e.network, e.id)) > mark
+        ]
+        found.append(
+            {
+                "name": host.name,
+                "id": host.id,
+                "here": host.id == site.host.id,
+                "vtep": text(host.vtep),
+                "vxlan_port": host.vxlan_port,
+                "version": host.version,
+                "state": life(alive),
+                "since": alive.since if alive is not None else None,
+                "endpoints": sum(e.host == host.id for e in everything),
+                "behind": len(newer),
+            }
+        )
+    return sorted(found, key=lambda h: (str(h["name"]), str(h["id"])))
+
+
+def life(alive: Alive | None) -> str:
+    """Say whether a host is there."""
+    if alive is None:
+        return "gone"
+    return "resting" if alive.resting else "alive"
 
 
 def ports(site: Site) -> list[Json]:

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Mapping
 from cnmdriver.driver.site import Site
 from cnmdriver.errors import DriverError
 from cnmdriver.insight import kernel
-from cnmdriver.insight.report import Json, ports
+from cnmdriver.insight.report import Json, ports, text
 from cnmdriver.model import Reservation
 from cnmdriver.plan.ops import Difference
 
@@ -21,8 +21,9 @@ async def status(site: Site, info: Mapping[str, object]) -> Json:
     Return the state of this host's pynet.
 
     `info` has what only the daemon knows of itself: `pid`, `uptime` in seconds, `store`
-    (its address), `docker` ("connected", "away" or "off"), and the sentences of
-    `problems` and the names of `orphans` that the last audit left.
+    (its address), `docker` ("connected", "away" or "off"), `hidden` (whether it lost
+    its lease), and the sentences of `problems` and the names of `orphans` that the last
+    audit left.
     """
     attention = [sentence async for sentence in remarks(site, info)]
     members = list(site.members())
@@ -35,7 +36,12 @@ async def status(site: Site, info: Mapping[str, object]) -> Json:
             "pid": info.get("pid"),
             "uptime": info.get("uptime"),
         },
-        "host": {"id": site.host.id, "name": site.host.name, "boot": site.boot},
+        "host": {
+            "id": site.host.id,
+            "name": site.host.name,
+            "boot": site.boot,
+            "vtep": text(site.host.vtep),
+        },
         "store": {
             "url": SECRET.sub("", str(info.get("store", ""))),
             "revision": site.view.revision,
@@ -53,6 +59,11 @@ async def remarks(site: Site, info: Mapping[str, object]) -> AsyncIterator[str]:
     """Yield a sentence for everything a person should look at."""
     if site.state.away is not None:
         yield f"the store is away: {SECRET.sub('', site.state.away)}"
+    if info.get("hidden"):
+        yield (
+            "this host has no lease in the store: the others do not see its containers "
+            "until it has one again"
+        )
     async for sentence in outbox(site):
         yield sentence
     for key, error in sorted(site.view.malformed.items()):

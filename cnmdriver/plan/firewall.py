@@ -15,6 +15,8 @@ thousandth costs what the first did. How a packet goes:
   is final, whatever the host's own FORWARD chain says. Docker's bridges are known by
   exact name: our accept in DOCKER-USER comes before Docker's own drops, and would open
   its unpublished ports.
+- What comes from an overlay by the device that makes the host a member of it (`hosts`)
+  goes to the host itself or to a published port, and nowhere else.
 - *postrouting* hides the pools behind the host's address, and hides a client behind the
   gateway where the answer would otherwise not come back: from the same subnet, and from
   127.0.0.1.
@@ -28,7 +30,7 @@ from collections.abc import Iterable, Iterator
 from ipaddress import IPv6Address
 
 from cnmdriver.model import PROTOCOLS, Endpoint, IPAddress, Network, Published
-from cnmdriver.plan.ops import Element, Plan, Table
+from cnmdriver.plan.ops import HOST, Element, Plan, Table
 
 # nft 1.0.6 wants the name of a hook's priority as a number in an output chain, and no
 # statement on the line of a closing brace.
@@ -38,6 +40,7 @@ table inet pynet {
 	set self     { type ifname . ifname; }
 	set icc_off  { type ifname; }
 	set internal { type ifname; }
+	set hosts    { type ifname; }
 	set docker   { type ifname; }
 	set own4     { type ipv4_addr . ifname; flags interval; }
 	set own6     { type ipv6_addr . ifname; flags interval; }
@@ -97,6 +100,7 @@ table inet pynet {
 		iifname @internal counter drop
 		oifname @internal counter drop
 		ct status dnat accept
+		iifname @hosts counter drop
 		oifname @bridges counter drop
 		oifname @docker counter drop
 	}
@@ -109,20 +113,28 @@ table inet pynet {
 
 
 def table() -> Table:
-    """Return the host's table; its mark changes with the text."""
-    mark = "text_" + hashlib.sha256(TEXT.encode()).hexdigest()[:8]
-    text = f"{TEXT}\tchain {mark} {{\n\t}}\n}}\n"
-    return Table(family="inet", name="pynet", mark=mark, text=text)
+    """Return the host's table."""
+    return marked("inet", TEXT)
+
+
+def marked(family: str, content: str, *, where: str = HOST) -> Table:
+    """Make a table of a text that lacks its last brace; its mark changes with that."""
+    mark = "text_" + hashlib.sha256(content.encode()).hexdigest()[:8]
+    text = f"{content}\tchain {mark} {{\n\t}}\n}}\n"
+    return Table(where=where, family=family, name="pynet", mark=mark, text=text)
 
 
 def network(network: Network, bridge: str) -> Plan:
     """List the elements that make a bridge a network of ours."""
     quoted = f'"{bridge}"'
-    sets = {"bridges": True, "icc_off": not network.icc, "internal": closed(network)}
-    yes = [Element(set=name, item=(quoted,)) for name, want in sets.items() if want]
     nat = network.masquerade and not closed(network)
     return (
-        *yes,
+        *yes(
+            quoted,
+            bridges=True,
+            icc_off=not network.icc,
+            internal=closed(network),
+        ),
         Element(set="self", item=(quoted, quoted)),
         *(
             element
@@ -130,6 +142,39 @@ def network(network: Network, bridge: str) -> Plan:
             for element in pool(str(subnet.pool), subnet.pool.version, quoted, nat=nat)
         ),
     )
+
+
+def access(network: Network, device: str) -> Plan:
+    """
+    List the elements of the device by which the host is a member of an overlay.
+
+    A container that publishes ports may answer by it, as the host's route to the pool
+    does; so translated packets pass, unless the host routes nothing for the network.
+    """
+    quoted = f'"{device}"'
+    return (
+        *yes(
+            quoted,
+            bridges=True,
+            icc_off=not network.icc,
+            internal=closed(network),
+            hosts=not closed(network),
+        ),
+        *(
+            element
+            for subnet in network.subnets
+            for element in pool(
+                str(subnet.pool), subnet.pool.version, quoted, nat=False
+            )
+        ),
+    )
+
+
+def yes(quoted: str, **sets: bool) -> Iterator[Element]:
+    """Yield a device's element of each set it is to be in."""
+    for name, wanted in sets.items():
+        if wanted:
+            yield Element(set=name, item=(quoted,))
 
 
 def closed(network: Network) -> bool:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from cnmdriver.model import Endpoint, Host, IPAddress, Member, Network, Remote
-from cnmdriver.plan import bridge
+from cnmdriver.plan import bridge, overlay
 from cnmdriver.plan.ops import Plan
 
 
@@ -33,4 +33,4 @@ class Mode(Protocol):
         """List what a host needs for another host that has a part in the network."""
 
 
-MODES: Mapping[str, Mode] = {"bridge": bridge}
+MODES: Mapping[str, Mode] = {"bridge": bridge, "overlay": overlay}

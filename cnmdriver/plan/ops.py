@@ -66,9 +66,14 @@ Plan = tuple[Op, ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Namespace(Op):
-    """A network namespace of ours, under a name that `ip netns` knows."""
+    """
+    A network namespace of ours, under a name that `ip netns` knows.
+
+    Its loopback device has the alias, since a namespace has none.
+    """
 
     name: str
+    alias: str | None = None
 
     @property
     def key(self) -> Key:
@@ -77,6 +82,7 @@ class Namespace(Op):
     def commands(self) -> tuple[Command, ...]:
         return (
             ("ip", "netns", "add", self.name),
+            ("ip", "-n", self.name, "link", "set", "lo", "alias", self.alias or ""),
             ("ip", "-n", self.name, "link", "set", "lo", "up"),
         )
 
@@ -226,8 +232,10 @@ class Interface(Op):
 
     def commands(self) -> tuple[Command, ...]:
         ip = self.tool("ip", "link", "set", self.name)
+        # Said so, it is no error for a device of less than 1280, which has no IPv6.
+        setting = f"net/ipv6/conf/{self.name}/addr_gen_mode=1"
         return (
-            (*ip, "addrgenmode", "none"),
+            self.inside("sysctl", "-qew", setting),
             (*ip, "alias", self.alias or ""),
             (*ip, "up"),
         )
@@ -266,13 +274,14 @@ class Vxlan(Op):
     def commands(self) -> tuple[Command, ...]:
         near = () if self.where == HOST else ("netns", self.where)
         ip = self.tool("ip", "link", "set", self.name)
+        mode = ("addrgenmode", "none") if self.mtu >= 1280 else ()
         flood = "on" if self.flood else "off"
         return (
             ("ip", "link", "add", self.name, *near, "mtu", str(self.mtu))
             + ("group", str(GROUP), "type", "vxlan", "id", str(self.vni))
             + ("local", str(self.local), "dstport", str(self.port))
             + ("nolearning", "ttl", "64"),
-            (*ip, "addrgenmode", "none", "master", self.bridge),
+            (*ip, *mode, "master", self.bridge),
             (*ip, "alias", self.alias or ""),
             self.tool("bridge", "link", "set", "dev", self.name)
             + ("learning", "off", "neigh_suppress", "on", "flood", flood)
@@ -288,7 +297,8 @@ class Fdb(Op):
     Where frames for a MAC go: out of a port, and on a VXLAN device, to which host.
 
     With `dst` it is an entry of the VXLAN device itself (`self`), without one an entry
-    of the bridge the device is a port of (`master static`). `FLOOD` can have many.
+    of the bridge the device is a port of (`master static sticky`: a static entry alone
+    follows a frame with a forged source to another port). `FLOOD` can have many.
     """
 
     device: str
@@ -308,7 +318,7 @@ class Fdb(Op):
         verb = "append" if self.mac == FLOOD else "replace"
         entry = self.tool("bridge", "fdb", verb, self.mac, "dev", self.device)
         if self.dst is None:
-            return ((*entry, "master", "static"),)
+            return ((*entry, "master", "static", "sticky"),)
         return ((*entry, "dst", str(self.dst), "self", "permanent"),)
 
 

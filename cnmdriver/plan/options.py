@@ -28,20 +28,43 @@ TRUE = ("true", "1", "t", "yes", "on")
 FALSE = ("false", "0", "f", "no", "off")
 
 
+GATEWAYS = {"bridge": "pynet", "overlay": "docker"}
+"""The modes, each with who is the gateway if the user does not say."""
+MODES = {"flood": "overlay", "host_access": "overlay", "bridge": "bridge"}
+"""Options that only networks of one mode have."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """The options of one network; None where the user said nothing."""
 
     mode: str | None = None
     mtu: int | None = None
+    icc: bool | None = None
+    masquerade: bool | None = None
+    gateway: str | None = None
+    flood: bool | None = None
+    host_access: bool | None = None
     bridge: str = ""
-    icc: bool = True
-    masquerade: bool = True
     host_binding: IPAddress | None = None
-    gateway: str = "pynet"
     prefix: str = "eth"
     unknown: tuple[str, ...] = ()
     """Options of others (`com.docker.network.*`, `org.example.*`): accepted, unused."""
+
+
+def check_mode(options: Options, mode: str) -> None:
+    """Raise InvalidParameter if an option was given that a mode does not have."""
+    for name, only in MODES.items():
+        if mode != only and getattr(options, name) not in (None, ""):
+            raise InvalidParameter(
+                f"option pynet.{name} is for mode {only}, and the network's mode is "
+                f"{mode}; leave it out or give -o pynet.mode={only}"
+            )
+
+
+def gateway_of(options: Options, mode: str) -> str:
+    """Return who is to be the gateway of a network: the user's wish or the mode's."""
+    return options.gateway or GATEWAYS[mode]
 
 
 def parse(options: Mapping[str, str]) -> Options:
@@ -133,12 +156,14 @@ def choice(*words: str) -> Callable[[str, str], str]:
 
 
 READERS: Mapping[str, Callable[[str, str], object]] = {
-    "pynet.mode": choice("bridge"),
+    "pynet.mode": choice(*GATEWAYS),
     "pynet.mtu": mtu,
     "pynet.bridge": device,
     "pynet.icc": boolean,
     "pynet.masquerade": boolean,
     "pynet.host_binding": address,
     "pynet.gateway": choice("pynet", "docker"),
+    "pynet.flood": boolean,
+    "pynet.host_access": boolean,
     "pynet.prefix": prefix,
 }

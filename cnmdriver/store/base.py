@@ -74,6 +74,10 @@ class CompactedError(StoreError):
     """The watch wanted to start before the store's memory: read again."""
 
 
+class RewoundError(StoreError):
+    """The store went back to an older content, or lost it; said once, then it is so."""
+
+
 class Lease(Protocol):
     """Keys under a lease are deleted when nobody keeps it alive for its time."""
 
@@ -86,6 +90,9 @@ class Lease(Protocol):
 
 class Store(Protocol):
     """A backend. Every call ends within 3 s; what fails raises StoreError."""
+
+    shared: bool
+    """Whether other hosts write to it."""
 
     async def open(self) -> None:
         """Connect, or make the file."""

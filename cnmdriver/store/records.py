@@ -16,7 +16,7 @@ Keys, under a prefix of the store's own:
     blocks/<space>/<cidr>/<block>      Block         (create-only)
     endpoints/<network>/<endpoint>     Endpoint
     vnis/<vni>                         Vni           (create-only: the allocator)
-    watermarks/<host>                  Watermark     (last, so that a watch can end here)
+    watermarks/<host>                  Watermark     (last: the main watch ends here)
 
 Values are JSON with the schema's version, `{"schema": 1, "record": {…}}`. A record of a
 newer schema is read as far as this version knows it, and never rewritten.

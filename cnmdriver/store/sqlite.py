@@ -47,6 +47,8 @@ REMEMBERED = 1000
 """How many revisions a watch may start behind the newest."""
 LIMIT = 3.0
 """Seconds a store operation may take."""
+LAST = "\U0010ffff"
+"""Behind every key that starts like what stands before it."""
 
 
 @contextlib.contextmanager
@@ -104,6 +106,8 @@ class SqliteLease:
 class SqliteStore:
     """`sqlite:///path`."""
 
+    shared = False
+
     def __init__(self, path: Path) -> None:
         """Name the file; nothing is opened yet."""
         self.path = path
@@ -146,13 +150,15 @@ class SqliteStore:
             self.written.notify_all()
         return revision
 
-    async def watch(self, prefix: str, start: int) -> AsyncIterator[tuple[Event, ...]]:
+    async def watch(
+        self, prefix: str, start: int, *, end: str = ""
+    ) -> AsyncIterator[tuple[Event, ...]]:
         """Yield the commits that touched the prefix, from a revision on."""
         while not self.closed:
             # The condition is taken first: a commit in between still wakes us.
             async with self.written:
                 batches, newest = await self.call(
-                    "watch", partial(self._events, prefix, start)
+                    "watch", partial(self._events, prefix, start, end or LAST)
                 )
                 if not batches:
                     start = max(start, newest + 1)
@@ -260,7 +266,7 @@ class SqliteStore:
         try:
             rows = self.db.execute(
                 "SELECT key, value, revision FROM records WHERE key >= ? AND key < ?",
-                (prefix, prefix + "\U0010ffff"),
+                (prefix, prefix + LAST),
             )
             items = {k: Item(value=v, revision=r) for k, v, r in rows}
             return Listing(items=items, revision=self._number("revision"))
@@ -320,7 +326,9 @@ class SqliteStore:
         rows = self.db.execute("SELECT key FROM records WHERE lease = ?", (number,))
         self._commit(Change(deletes=frozenset(key for (key,) in rows)), None)
 
-    def _events(self, prefix: str, start: int) -> tuple[list[tuple[Event, ...]], int]:
+    def _events(
+        self, prefix: str, start: int, end: str
+    ) -> tuple[list[tuple[Event, ...]], int]:
         if start <= self._number("compacted"):
             raise CompactedError(
                 f"the store has forgotten revision {start}; read everything again"
@@ -329,7 +337,7 @@ class SqliteStore:
         rows = self.db.execute(
             "SELECT revision, key, value FROM history WHERE revision >= ?"
             " AND key >= ? AND key < ? ORDER BY revision, rowid",
-            (start, prefix, prefix + "\U0010ffff"),
+            (start, prefix, min(prefix + LAST, end)),
         )
         batches: dict[int, list[Event]] = {}
         for revision, key, value in rows:

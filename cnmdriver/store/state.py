@@ -3,22 +3,39 @@ The state of the cluster as one host works with it: view, commits, outbox.
 
 A caller gives a *decision*: a plain function that looks at a draft, writes into it and
 returns what it found out. If another host was faster, the view is brought up to date
-and the decision is made again, so it must have no effects of its own.
+and the decision is made again, so it must have no effects of its own. A refusal is
+made on fresh news too, as another host may have just freed what was wanted.
+
+On a shared store every commit expects the host's fence (`session.py`). When an answer
+was lost, the fence is written anew and everything read: what is there then has
+happened, and what is not never will.
 """
 
 import asyncio
 import contextlib
+import random
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import TypeVar
 
 import structlog
 
-from cnmdriver.errors import StoreError
+from cnmdriver.errors import DriverError, StoreError
 from cnmdriver.model import Cluster
 from cnmdriver.store import records
-from cnmdriver.store.base import Change, CompactedError, RaceLostError, Store
+from cnmdriver.store.base import (
+    Change,
+    CompactedError,
+    Item,
+    Listing,
+    RaceLostError,
+    RewoundError,
+    Store,
+    UnknownOutcomeError,
+)
 from cnmdriver.store.local import LocalDatabase
+from cnmdriver.store.session import Session
 from cnmdriver.store.view import Draft, View
 
 T = TypeVar("T")
@@ -29,8 +46,15 @@ TRIES = 50
 """Races a decision may lose in turn; each loss is somebody's progress."""
 RELIST = 60.0
 """Seconds between two whole readings: a watch is a hint, the list is the truth."""
+SPREAD = (0.9, 1.1)
+"""How much of that it is, by chance, so that hosts do not read all at once."""
 PAUSE = 1.0
 """Seconds before the store is tried again when it was away."""
+
+LIMIT = 8.0
+"""Seconds for a commit with all that it needs; Docker's calls have ten."""
+LATEST = 5.0
+"""Seconds after which a commit begins no other write, as that may take three."""
 
 OWN = ("endpoints/", "members/", "addresses/")
 """Records with one writer: a host changes its own without looking."""
@@ -47,12 +71,19 @@ class State:
         local: LocalDatabase,
         step: Step,
         changed: Callable[[], None],
+        *,
+        session: Session | None = None,
     ) -> None:
-        """Take the doors; `changed` is called when others changed something."""
+        """
+        Take the doors; `changed` is called when others changed something.
+
+        A shared store needs a session, whose fence every commit expects.
+        """
         self.store = store
         self.local = local
         self.step = step
         self.changed = changed
+        self.session = session
         self.view = View()
         self.away: str | None = None
         """Why the store cannot be used now, None if it can."""
@@ -62,6 +93,10 @@ class State:
         self.unsaved: list[Change] = []
         """What not even the outbox took; oldest first."""
         self.saving = asyncio.Lock()
+        self.unsettled: int | None = None
+        """The latest fence that a commit expected whose outcome is not known yet."""
+        self.rewound = False
+        """Whether the store went back and was not read since."""
 
     async def open(self) -> None:
         """Read everything, and make the cluster's record if the store is empty."""
@@ -77,8 +112,33 @@ class State:
 
     async def relist(self) -> bool:
         """Read everything anew. Tell whether there was news."""
-        listing = await self.store.read("")
-        return self.view.replace(listing.items.items(), listing.revision)
+        before = self.view.turns
+        await self.read()
+        # The watch may have brought it meanwhile.
+        return self.view.turns != before
+
+    async def read(self) -> Listing:
+        """
+        Read everything into the view.
+
+        If the store went back, what the view shows and the store lacks stays, and is
+        in `view.missing`: a host's own records there are for it to publish again.
+        """
+        known = self.view.listed
+        try:
+            listing = await self.store.read("")
+        except RewoundError:
+            self.rewound = True
+            listing = await self.store.read("")
+        rewound = self.rewound or listing.revision < known
+        items = listing.items.items()
+        news = self.view.replace(items, listing.revision, rewound=rewound)
+        self.rewound = False
+        if rewound:
+            log.warning("store.rewound", known=known, revision=listing.revision)
+        if news:
+            self.changed()
+        return listing
 
     async def commit(self, decision: Decision[T]) -> T:
         """
@@ -86,25 +146,100 @@ class State:
 
         Raises what the decision raises, and StoreError if the store is away.
         """
-        # In order: what was deferred must not undo what is decided now.
-        if self.behind:
-            await self.replay()
+        try:
+            async with asyncio.timeout(LIMIT):
+                return await self.decide(decision)
+        except TimeoutError:
+            raise StoreError(
+                f"the store did not take a change within {LIMIT:g} s; try again"
+            ) from None
+
+    async def decide(self, decision: Decision[T]) -> T:
+        """Do what `commit` says, without its limit."""
+        loop = asyncio.get_running_loop()
+        latest = loop.time() + LATEST
+        refused = not self.store.shared
         for _ in range(TRIES):
+            await self.prepare()
             draft = Draft(self.view)
-            result = decision(draft)
+            try:
+                result = decision(draft)
+            except DriverError:
+                if refused or not await self.news():
+                    raise
+                refused = True
+                continue
             change = draft.change()
             if not change:
                 return result
-            try:
-                await self.write(change)
-            except RaceLostError as race:
-                for key, item in race.current.items():
-                    value = item.value if item else None
-                    seen = item.revision if item else race.revision
-                    self.view.write(key, value, seen)
-            else:
+            if loop.time() > latest:
+                raise StoreError("the store is too slow for this change; try again")
+            if await self.written(change):
                 return result
         raise StoreError("lost 50 races for the same record in turn; try again")
+
+    async def prepare(self) -> None:
+        """Settle what was before: the next decision must not be undone by it."""
+        if self.behind:
+            await self.replay()
+        if self.unsettled is not None:
+            await self.settle()
+        if self.session is not None and not self.session.revision:
+            await self.session.renew()
+
+    async def news(self) -> bool:
+        """Read everything anew; tell if a decision made before may be another now."""
+        try:
+            return await self.relist()
+        except StoreError:
+            return False
+
+    async def written(self, change: Change) -> bool:
+        """Write a transaction; tell if it is written, else it is to be decided anew."""
+        change = self.fenced(change)
+        try:
+            await self.write(change)
+        except RaceLostError as race:
+            self.learn(race, change)
+        except (UnknownOutcomeError, RewoundError):
+            return has(await self.settle(), change)
+        else:
+            return True
+        return False
+
+    def fenced(self, change: Change) -> Change:
+        """Return a transaction that expects this host's fence too."""
+        if self.session is None:
+            return change
+        return replace(change, expect={**change.expect, **self.session.expect()})
+
+    def learn(self, race: RaceLostError, change: Change) -> None:
+        """Take in why a race was lost; raises StoreError if we are not this host."""
+        self.hear(
+            (key, item.value, item.revision) if item else (key, None, race.revision)
+            for key, item in race.current.items()
+        )
+        if self.session is not None:
+            seen = change.expect.get(self.session.fence, 0)
+            self.session.judge(race.current, seen)
+
+    def hear(self, news: Iterable[tuple[str, bytes | None, int]]) -> None:
+        """Take in keys, values and revisions, and tell if that was news."""
+        before = self.view.turns
+        for key, value, revision in news:
+            self.view.write(key, value, revision)
+        if self.view.turns != before:
+            self.changed()
+
+    async def settle(self) -> Listing:
+        """Make sure that nothing sent before will yet be written, and read all."""
+        seen = self.unsettled
+        if self.session is not None and seen is not None:
+            await self.session.bump(seen)
+        listing = await self.read()
+        if self.unsettled == seen:
+            self.unsettled = None
+        return listing
 
     async def write(self, change: Change) -> None:
         """
@@ -113,7 +248,7 @@ class State:
         A cancel counts when that has ended, so that its caller can take it back.
         """
         await self.step("commit.before")
-        writing = asyncio.ensure_future(self.store.commit(change))
+        writing = asyncio.ensure_future(self.send(change))
         try:
             revision = await asyncio.shield(writing)
         except asyncio.CancelledError:
@@ -123,6 +258,16 @@ class State:
             raise
         await self.step("commit.after")
         self.take(change, revision)
+
+    async def send(self, change: Change) -> int:
+        """Commit a transaction, and remember if its outcome is not known."""
+        try:
+            return await self.store.commit(change)
+        except (UnknownOutcomeError, RewoundError) as error:
+            self.rewound |= isinstance(error, RewoundError)
+            seen = change.expect.get(self.session.fence, 0) if self.session else 0
+            self.unsettled = max(self.unsettled or 0, seen)
+            raise
 
     def take(self, change: Change, revision: int) -> None:
         """Let the view know of our own write without waiting for the watch."""
@@ -175,40 +320,82 @@ class State:
             await self.save()
             while entries := await self.local.pending():
                 for number, change in entries:
-                    self.take(change, await self.store.commit(change))
+                    await self.repeat(change)
                     await self.local.done(number)
             # A removal may have been deferred since the last look.
             self.behind = bool(self.unsaved)
+
+    async def repeat(self, change: Change) -> None:
+        """Write an entry of the outbox, until it surely is in the store."""
+        for _ in range(TRIES):
+            left = self.fenced(await self.still_ours(change))
+            try:
+                self.take(left, await self.send(left))
+            except RaceLostError as race:
+                self.learn(race, left)
+            except (UnknownOutcomeError, RewoundError):
+                await self.settle()
+            else:
+                return
+        raise StoreError("lost 50 races for what is deferred; try again")
+
+    async def still_ours(self, change: Change) -> Change:
+        """
+        Return what of an entry no other host has taken since, and expect that.
+
+        An address that was given back, or that others freed while this host was away,
+        may be another's by now. A host that is alone need not look.
+        """
+        if self.session is None:
+            return change
+        if not self.session.revision:
+            await self.session.renew()
+        keys, host = sorted(change.written()), self.session.host
+        listings = await asyncio.gather(*map(self.store.read, keys))
+        found = {
+            key: one.items.get(key) for key, one in zip(keys, listings, strict=True)
+        }
+        items = {key: item for key, item in found.items() if item is not None}
+        self.hear((k, i.value, i.revision) for k, i in items.items())
+        left = [k for k in keys if not is_anothers(k, items.get(k), host)]
+        return Change(
+            expect={k: items[k].revision if k in items else 0 for k in left},
+            puts={k: v for k, v in change.puts.items() if k in left},
+            deletes=change.deletes.intersection(left),
+        )
 
     async def follow(self) -> None:
         """Keep the view true until cancelled: read everything, watch, and again."""
         while True:
             try:
                 await self.catch_up()
-                async with asyncio.timeout(RELIST):
+                async with asyncio.timeout(interval()):
                     await self.watch()
             except TimeoutError:
                 pass
             except CompactedError:
                 log.info("store.compacted")
             except StoreError as error:
+                self.rewound |= isinstance(error, RewoundError)
                 self.note(str(error))
                 await asyncio.sleep(PAUSE)
 
     async def watch(self) -> None:
         """Take in what others write, until the watch ends."""
-        async for events in self.store.watch("", self.view.listed + 1):
-            fresh = [e for e in events if self.view.write(e.key, e.value, e.revision)]
-            if fresh:
-                self.changed()
+        async for events in self.store.watch(
+            "", self.view.listed + 1, end=records.WATERMARKS
+        ):
+            self.hear((e.key, e.value, e.revision) for e in events)
 
     async def catch_up(self) -> None:
         """Replay the outbox and read everything; raises StoreError."""
         await self.replay()
-        news = await self.relist()
+        if self.unsettled is not None:
+            # A full store refuses that, and can still be followed.
+            with contextlib.suppress(StoreError):
+                await self.settle()
+        await self.read()
         self.note(None)
-        if news:
-            self.changed()
 
     def note(self, reason: str | None) -> None:
         """Remember, and log once, that the store went away or came back."""
@@ -220,9 +407,57 @@ class State:
         self.away = reason
 
 
+def interval() -> float:
+    """Return the seconds until everything is read anew."""
+    return RELIST * random.uniform(*SPREAD)  # noqa: S311  nobody gains by guessing it
+
+
 def own(change: Change) -> Change:
     """Return the part of a change that no other host may contradict."""
     return Change(
         puts={k: v for k, v in change.puts.items() if k.startswith(OWN)},
         deletes=frozenset(k for k in change.deletes if k.startswith(OWN)),
     )
+
+
+def is_anothers(key: str, item: Item | None, host: str) -> bool:
+    """Tell whether what is stored under a key belongs to another host."""
+    if item is None:
+        return False
+    with contextlib.suppress(StoreError):
+        return getattr(records.decode(key, item.value), "host", host) != host
+    return False
+
+
+def has(listing: Listing, change: Change) -> bool:
+    """
+    Tell whether a transaction whose answer was lost is in the store.
+
+    A put of ours that is there at another revision than expected is its trace; all
+    else that it wrote must be as old, or newer. Of deletions alone there is no trace,
+    and none of puts that were all written over since: those are decided again, so a
+    decision must not mind being made again on what it wrote itself.
+    """
+    items = listing.items
+    traces = {
+        item.revision
+        for key, value in change.puts.items()
+        if (item := items.get(key)) is not None
+        and item.value == value
+        and item.revision != change.expect.get(key, 0)
+    }
+    return any(consistent(items, change, revision) for revision in traces)
+
+
+def consistent(items: Mapping[str, Item], change: Change, revision: int) -> bool:
+    """Tell whether a listing can follow from a transaction written at a revision."""
+    puts = all(
+        (item := items.get(key)) is not None
+        and (item.revision > revision or (item.value, item.revision) == (v, revision))
+        for key, v in change.puts.items()
+    )
+    deleted = all(
+        (item := items.get(key)) is None or item.revision > revision
+        for key in change.deletes
+    )
+    return puts and deleted

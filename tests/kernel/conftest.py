@@ -14,12 +14,24 @@ from threading import Thread
 import pytest
 
 from cnmdriver.dataplane.kernel import Kernel
-from cnmdriver.model import SCTP, TCP, UDP, Endpoint, Member, Network, Published, Subnet
-from cnmdriver.plan import bridge, devices
+from cnmdriver.model import (
+    SCTP,
+    TCP,
+    UDP,
+    Endpoint,
+    Host,
+    Member,
+    Network,
+    Published,
+    Subnet,
+)
+from cnmdriver.plan import devices
+from cnmdriver.plan.modes import MODES
 from cnmdriver.plan.ops import Plan, union
 
 CLONE_NEWNET = 0x40000000
 HOST = "0123456789abcdef"
+LOCAL = Host(id=HOST, name="local", version="0")
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 VOLATILE = {"gc_timer", "hello_timer", "tcn_timer", "topology_change_timer", "ifindex"}
@@ -207,9 +219,9 @@ def published(protocol: int, host_port: int, host_ip: str | None = None) -> Publ
 
 def whole(net: Network, *endpoints: Endpoint) -> Plan:
     """Return the plan of a network with endpoints."""
-    own = member(net)
-    parts = (bridge.endpoint(net, own, e) for e in endpoints)
-    return union((bridge.network(net, own), *parts))
+    own, mode = member(net), MODES[net.mode]
+    parts = (mode.endpoint(net, own, e, LOCAL) for e in endpoints)
+    return union((mode.network(net, own, LOCAL), *parts))
 
 
 V4, V6 = "10.200.1.0/24", "fd00:200:1::/64"

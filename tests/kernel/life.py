@@ -17,7 +17,7 @@ import sys
 import traceback
 from collections import deque
 from collections.abc import Awaitable, Callable
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,13 @@ from cnmdriver.errors import DriverError
 from cnmdriver.plan import devices
 from tests.kernel.conftest import CLONE_NEWNET, call, run
 from tests.kernel.machine import (
+    VTEP,
     Daemon,
     Door,
     Doors,
     Sandbox,
     daemon,
+    drop_namespace,
     left_in_kernel,
 )
 from tests.unit.calls import UDP, Docker, port
@@ -58,9 +60,23 @@ async def chosen(docker: Docker) -> None:
     await docker.remove(NET)
 
 
+async def overlaid(docker: Docker) -> None:
+    """Live in an overlay whose gateway and member the host is."""
+    options = {
+        "pynet.mode": "overlay",
+        "pynet.gateway": "pynet",
+        "pynet.host_access": "true",
+    }
+    await docker.create(NET, "10.1.0.0/24", "fd01::/64", options=options)
+    await docker.start(BOX, NET, ip="10.1.0.5", ports=(port(80, 8080),))
+    await docker.stop(BOX)
+    await docker.remove(NET)
+
+
 LIVES: dict[str, Callable[[Docker], Awaitable[None]]] = {
     "named": named,
     "chosen": chosen,
+    "overlaid": overlaid,
 }
 
 
@@ -124,6 +140,7 @@ class Case:
         self.directory.mkdir()
         call("unshare", CLONE_NEWNET)
         run("ip", "link", "set", "lo", "up")
+        run("ip", "addr", "add", VTEP, "dev", "lo")
         self.sandbox = Sandbox(self.directory / "sandbox")
         if self.at and not self.dies():
             return {"problem": "the daemon did not die"}
@@ -180,12 +197,15 @@ class Case:
             except DriverError as error:
                 report["refused"] = str(error)
             report["answers"] = [repr(answer) for answer in journal.answers]
-            report["left_by_docker"] = [*alive.rig.records, *left_in_kernel()]
+            report["left_by_docker"] = [
+                *alive.rig.records,
+                *left_in_kernel(self.directory),
+            ]
             self.sandbox.remove()
             alive.sync.lapsing.grace = alive.sync.missing.grace = 0
             alive.sync.learn(Inventory())
             await alive.sync.turn()
-            report["left"] = [*alive.rig.records, *left_in_kernel()]
+            report["left"] = [*alive.rig.records, *left_in_kernel(self.directory)]
             report["steps"] = self.steps
         return report
 
@@ -199,6 +219,7 @@ def told(case: Case, file: Path) -> int:
         report = {"problem": "", **case.run()}
     except BaseException:  # noqa: BLE001
         report = {"problem": traceback.format_exc()}
+        drop_namespace(case.directory)
     last = case.directory / "last"
     report["cut"] = last.read_text() if last.exists() else ""
     file.write_text(json.dumps(report))
@@ -209,9 +230,12 @@ def distinct(steps: list[str]) -> list[int]:
     """
     Return the numbers of the steps that some work lies before.
 
-    What the firewall does together is announced together before it is done.
+    What a handler does together is announced together before it is done.
     """
-    together = {("table", "element"), ("element", "element"), ("element", "table")}
+    together = {
+        *product(("table", "element"), repeat=2),
+        *product(("fdb", "neighbour"), repeat=2),
+    }
     pairs = [
         (old.partition(".")[0] == new.partition(".")[0], old[6:], new[6:])
         for old, new in pairwise(["", *steps])

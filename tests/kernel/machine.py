@@ -2,18 +2,21 @@
 
 import json
 from collections.abc import AsyncIterator, Callable
-from contextlib import ExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 from cnmdriver.dataplane.handler import Step
 from cnmdriver.dataplane.kernel import Kernel
 from cnmdriver.driver.sync import Sync
-from cnmdriver.plan import ops
+from cnmdriver.model import Host
+from cnmdriver.plan import devices, ops
 from cnmdriver.plan.ops import GROUP
 from cnmdriver.store.local import LocalDatabase
-from tests.fakes import Rig, rig
+from cnmdriver.store.sqlite import SqliteStore
+from tests.fakes import Rig, on_store
 
 from .conftest import Namespace, namespace, run
 
@@ -38,23 +41,37 @@ class Daemon:
         return list(difference.lines(surplus=not self.sync.orphans))
 
 
+VTEP = "192.0.2.1"
+"""The address of a host's tunnels, which lead to nobody."""
+
+
+def own_namespace(directory: Path) -> str:
+    """Name pynet's own namespace for the host whose state is in a directory."""
+    return f"pynet-{devices.digest(str(directory.resolve()))}"
+
+
 @asynccontextmanager
 async def daemon(directory: Path, step: Step) -> AsyncIterator[Daemon]:
     """Run a daemon over the files of a directory, in the namespace of the caller."""
+    name = own_namespace(directory)
     local = LocalDatabase(directory / "local.db")
     await local.open()
-    kernel = Kernel(host=local.host, run_dir=directory / "run", step=step)
+    kernel = Kernel(
+        host=local.host, run_dir=directory / "run", step=step, namespace=name
+    )
     await local.close()
-    await kernel.open()
-    try:
-        async with rig(directory, kernel) as parts:
-            parts.state.step = step
-            sync = Sync(
-                parts.site, parts.networks, parts.ipam, None, grace=3600, audit=60
-            )
-            yield Daemon(parts, kernel, sync)
-    finally:
-        await kernel.close()
+    host = Host(id="", name="h1", version="test", vtep=ip_address(VTEP), namespace=name)
+    async with AsyncExitStack() as stack:
+        await kernel.open()
+        stack.push_async_callback(kernel.close)
+        store = SqliteStore(directory / "store.db")
+        await store.open()
+        stack.push_async_callback(store.close)
+        path = directory / "local.db"
+        parts = await on_store(stack, store, path, host, kernel=kernel)
+        parts.state.step = step
+        sync = Sync(parts.site, parts.networks, parts.ipam, None, grace=3600, audit=60)
+        yield Daemon(parts, kernel, sync)
 
 
 class Door:
@@ -120,8 +137,9 @@ class Sandbox:
         self.stack.close()
 
 
-def left_in_kernel() -> list[str]:
+def left_in_kernel(directory: Path) -> list[str]:
     """Name what is pynet's in the kernel, asking no code of pynet's."""
+    name = own_namespace(directory)
     links = json.loads(run("ip", "-j", "-d", "link"))
     found = [x["ifname"] for x in links if x.get("group") in {str(GROUP), hex(GROUP)}]
     found += [x["ifname"] for x in links if "pynet" in x.get("ifalias", "")]
@@ -129,4 +147,10 @@ def left_in_kernel() -> list[str]:
     found += [line for line in tables if "pynet" in line]
     for tool in ("iptables", "ip6tables"):
         found += [line for line in run(tool, "-S").splitlines() if "pynet" in line]
+    found += [line for line in run("ip", "netns", "list").splitlines() if name in line]
     return found + run("ss", "-Hlntu").splitlines()
+
+
+def drop_namespace(directory: Path) -> None:
+    """Remove what a test that failed left of the namespace."""
+    run("ip", "netns", "del", own_namespace(directory), check=False)

@@ -26,7 +26,16 @@ from cnmdriver.plan.ops import GROUP
 from tests.unit.calls import UDP, Docker, port
 
 from .conftest import Namespace, run
-from .machine import Door, Doors, Sandbox, daemon, left_in_kernel
+from .machine import (
+    VTEP,
+    Door,
+    Doors,
+    Sandbox,
+    daemon,
+    drop_namespace,
+    left_in_kernel,
+    own_namespace,
+)
 
 pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(110)]
 
@@ -39,7 +48,19 @@ KINDS: dict[str, tuple[tuple[str | None, ...], dict[str, Any]]] = {
     "docker": (("10.5.0.0/24",), {"options": {"pynet.gateway": "docker"}}),
     "small": (("10.6.0.0/24",), {"options": {"pynet.mtu": "576"}}),
     "bridge": (("10.7.0.0/24",), {"options": {"pynet.bridge": "my.bridge"}}),
+    "overlay": (("10.8.0.0/24", "fd08::/64"), {"options": {"pynet.mode": "overlay"}}),
+    "routed": (
+        ("10.9.0.0/24", "fd09::/64"),
+        {
+            "options": {
+                "pynet.mode": "overlay",
+                "pynet.gateway": "pynet",
+                "pynet.host_access": "true",
+            }
+        },
+    ),
 }
+OVERLAYS = ("overlay", "routed")
 MOST = 5
 """Containers at a time."""
 PORTS = (
@@ -243,19 +264,63 @@ class Walk:
 
     async def interfere(self) -> None:
         """Let a stranger change something of ours."""
-        changes = [*self.changes_of_devices(), *self.changes_of_rules()]
+        name = own_namespace(self.directory)
+        place = (
+            ("ip", "netns", "exec", name) if Path("/run/netns", name).exists() else ()
+        )
+        devices_of = [(), place] if place else [()]
+        changes = [
+            *(
+                change
+                for where in devices_of
+                for change in self.changes_of_devices(where)
+            ),
+            *self.changes_of_rules(),
+            *self.changes_of_entries(place),
+        ]
         words = self.random.choice(changes)
-        if words[:3] == ("ip", "link", "del"):
+        if words[-3:-1] == ("link", "del"):
             ends = {devices.port(box): box for box in self.boxes}
-            self.intact.discard(ends.get(words[3], ""))
+            self.intact.discard(ends.get(words[-1], ""))
+        if words[:3] == ("ip", "netns", "del"):
+            # A container's end goes with the namespace that its other end is in.
+            self.intact -= {
+                box for box, known in self.boxes.items() if known.net.id in OVERLAYS
+            }
         run(*words, check=False)
         await self.audit()
 
-    def changes_of_devices(self) -> list[tuple[str, ...]]:
-        links = json.loads(run("ip", "-j", "-d", "link"))
+    def changes_of_entries(self, place: tuple[str, ...]) -> list[tuple[str, ...]]:
+        if not place:
+            return []
+        return [
+            ("ip", "netns", "del", place[-1]),
+            (*place, "nft", "delete", "table", "bridge", "pynet"),
+            (*place, "nft", "flush", "set", "bridge", "pynet", "gateways"),
+            (*place, "sysctl", "-qw", "net/bridge/bridge-nf-call-iptables=1"),
+            *(
+                words
+                for net in self.nets
+                if net in OVERLAYS
+                for device in (devices.vxlan(self.made_as(net)),)
+                for words in (
+                    (*place, "bridge", "link", "set", "dev", device, "flood", "on"),
+                    (*place, "bridge", "link", "set", "dev", device, "learning", "on"),
+                    (*place, "bridge", "fdb", "add", "02:00:00:00:00:66", "dev", device,
+                     "dst", "192.0.2.66"),
+                )
+            ),
+        ]  # fmt: skip
+
+    def made_as(self, net: str) -> str:
+        """Return pynet's id of a network of Docker's."""
+        return self.alive.rig.site.member(net).network
+
+    def changes_of_devices(self, place: tuple[str, ...]) -> list[tuple[str, ...]]:
+        links = json.loads(run(*place, "ip", "-j", "-d", "link"))
         link = ("ip", "link", "set")
         return [
-            words
+            (*place, *words)
             for name in [x["ifname"] for x in links if x.get("group") == str(GROUP)]
             for words in (
                 ("ip", "link", "del", name),
@@ -368,6 +433,7 @@ STEPS = 90
 @pytest.mark.parametrize("seed", range(4))
 async def test_any_state_follows_any_other(host, tmp_path, seed):
     """After each audit the kernel is as recorded; at the end nothing is left of it."""
+    run("ip", "addr", "add", VTEP, "dev", "lo")
     walk = Walk(tmp_path, host, seed)
     await walk.up()
     try:
@@ -378,8 +444,9 @@ async def test_any_state_follows_any_other(host, tmp_path, seed):
         await walk.let_go()
         kernel = walk.alive.kernel
         held = [op for op in await kernel.found() if not getattr(op, "keep", False)]
-        assert (walk.alive.rig.records, held, left_in_kernel()) == ([], [], [])
+        assert (walk.alive.rig.records, held, left_in_kernel(tmp_path)) == ([], [], [])
     finally:
         for box in list(walk.sandboxes):
             walk.end_sandbox(box)
         await walk.down()
+        drop_namespace(tmp_path)

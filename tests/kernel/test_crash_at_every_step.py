@@ -51,6 +51,14 @@ async def test_a_call_made_again_gets_the_same_answer(tmp_path):
     assert wrong(reports, **same) == []
 
 
+async def test_a_call_made_again_in_an_overlay(tmp_path):
+    """It holds for what is in pynet's own namespace, and for the namespace."""
+    reports = lives("overlaid", tmp_path, "patient")
+    assert len(reports) > 60
+    same = {"answers": reports[0]["answers"], "refused": "", "left_by_docker": []}
+    assert wrong(reports, **same) == []
+
+
 async def test_a_call_made_again_succeeds(tmp_path):
     """What pynet chose may be chosen anew, but each call succeeds and nothing is left."""
     reports = lives("chosen", tmp_path, "patient")

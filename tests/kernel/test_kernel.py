@@ -483,7 +483,7 @@ async def test_clear_goes_on_after_errors(kernel, monkeypatch):
     async def refuse(link, address):
         raise KernelError(f"removing {address} from {link.name} failed")
 
-    monkeypatch.setattr(kernel._netlink, "remove_address", refuse)
+    monkeypatch.setattr(kernel._host.netlink, "remove_address", refuse)
     with pytest.raises(KernelError) as caught:
         await kernel.clear(PLAN)
     assert "removing 10.200.1.1/24" in str(caught.value)
@@ -615,24 +615,24 @@ async def test_looking_at_once(kernel):
 async def test_bounded(kernel, monkeypatch):
     """A kernel that does not answer is an error within two seconds, and is undone."""
     before = without_filter(dump())
-    real = kernel._netlink._ip.brport
+    real = kernel._host.netlink._ip.brport
 
     async def slow(*_args, **_words):
         await asyncio.sleep(60)
 
-    monkeypatch.setattr(kernel._netlink._ip, "brport", slow)
+    monkeypatch.setattr(kernel._host.netlink._ip, "brport", slow)
     started = time.monotonic()
     with pytest.raises(KernelError, match="did not answer within 2 s"):
         await kernel.apply(PLAN)
     assert time.monotonic() - started < 5
     assert without_filter(dump()) == before
-    monkeypatch.setattr(kernel._netlink._ip, "brport", real)
+    monkeypatch.setattr(kernel._host.netlink._ip, "brport", real)
 
 
 async def test_failure_inside_an_operation(kernel, monkeypatch):
     """Whichever request of a plan is refused, what came before is taken back."""
     before = without_filter(dump())
-    netlink = kernel._netlink
+    netlink = kernel._host.netlink
     for verb in ("change", "generate", "port", "add_address"):
 
         async def refuse(*_args, **_words):

@@ -1,8 +1,9 @@
 """What every backend must do: one suite, run over the table at its head."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,13 @@ from cnmdriver.store.base import (
     RaceLostError,
     Store,
 )
+from cnmdriver.store.etcd.store import EtcdStore
 from cnmdriver.store.sqlite import SqliteStore
+from tests.store import etcd_server
+from tests.store.etcd_server import Cluster
+
+Clusters = Callable[[int], Cluster]
+"""Gives the cluster of so many members."""
 
 
 @dataclass
@@ -33,6 +40,8 @@ class Doors:
 
 class Reopening:
     """A store that is closed and opened again before each reading and writing."""
+
+    shared = False
 
     def __init__(self, path: Path) -> None:
         """Name the file."""
@@ -64,9 +73,11 @@ class Reopening:
             await self.again()
             return await self.now.commit(change, lease)
 
-    def watch(self, prefix: str, start: int) -> AsyncIterator[tuple[Event, ...]]:
+    def watch(
+        self, prefix: str, start: int, *, end: str = ""
+    ) -> AsyncIterator[tuple[Event, ...]]:
         self.keep = True
-        return self.now.watch(prefix, start)
+        return self.now.watch(prefix, start, end=end)
 
     async def lease(self, ttl: float) -> Lease:
         self.keep = True
@@ -74,7 +85,7 @@ class Reopening:
 
 
 @asynccontextmanager
-async def sqlite(directory: Path) -> AsyncIterator[Doors]:
+async def sqlite(directory: Path, _: Clusters) -> AsyncIterator[Doors]:
     """Open the embedded store."""
     store = SqliteStore(directory / "store.db")
     await store.open()
@@ -85,7 +96,7 @@ async def sqlite(directory: Path) -> AsyncIterator[Doors]:
 
 
 @asynccontextmanager
-async def reopened(directory: Path) -> AsyncIterator[Doors]:
+async def reopened(directory: Path, _: Clusters) -> AsyncIterator[Doors]:
     """Open the embedded store, anew for each call."""
     store = Reopening(directory / "store.db")
     await store.open()
@@ -101,13 +112,70 @@ async def forget(store: SqliteStore) -> None:
     await store.call("write", lambda: store._compact(newest))
 
 
-BACKENDS = {"sqlite": sqlite, "sqlite-reopened": reopened}
+@asynccontextmanager
+async def etcd(cluster: Cluster) -> AsyncIterator[Doors]:
+    """Open an empty prefix of a cluster, by the first member and by the last."""
+    prefix = f"/test/{secrets.token_hex(4)}/"
+    first, last = cluster.servers[0], cluster.servers[-1]
+    store = EtcdStore(cluster.options(first, prefix=prefix))
+    other = EtcdStore(cluster.options(last, prefix=prefix))
+    await store.open()
+    await other.open()
+
+    async def compact() -> None:
+        cluster.compact()
+
+    try:
+        yield Doors(store, other, compact)
+    finally:
+        await store.close()
+        # A lease that runs out later must move no revision in another test.
+        await other.commit(Change(deletes=frozenset((await other.read("")).items)))
+        await other.close()
+
+
+@asynccontextmanager
+async def etcd_1(_: Path, clusters: Clusters) -> AsyncIterator[Doors]:
+    """Open etcd of one member."""
+    async with etcd(clusters(1)) as doors:
+        yield doors
+
+
+@asynccontextmanager
+async def etcd_3(_: Path, clusters: Clusters) -> AsyncIterator[Doors]:
+    """Open etcd of three members."""
+    async with etcd(clusters(3)) as doors:
+        yield doors
+
+
+BACKENDS = {
+    "sqlite": sqlite,
+    "sqlite-reopened": reopened,
+    "etcd-1": etcd_1,
+    "etcd-3": etcd_3,
+}
+
+
+@pytest.fixture(scope="module")
+def clusters(tmp_path_factory) -> Iterator[Clusters]:
+    """Start a cluster when it is first asked for, and keep it for all tests."""
+    started: dict[int, Cluster] = {}
+    with ExitStack() as stack:
+
+        def cluster(count: int) -> Cluster:
+            if count not in started:
+                directory = tmp_path_factory.mktemp(f"etcd-{count}")
+                running = etcd_server.running(directory, count)
+                started[count] = stack.enter_context(running)
+            return started[count]
+
+        yield cluster
 
 
 @pytest.fixture(params=BACKENDS.values(), ids=BACKENDS.keys())
-async def doors(request, tmp_path) -> AsyncIterator[Doors]:
+async def doors(request, tmp_path, clusters) -> AsyncIterator[Doors]:
     """Open each backend in turn, empty."""
-    async with request.param(tmp_path) as opened:
+    async with request.param(tmp_path, clusters) as opened:
         yield opened
 
 
@@ -227,6 +295,47 @@ async def test_one_commit_puts_and_deletes(store):
     }
 
 
+async def test_a_write_of_the_same_value_counts(store):
+    """Writing the value that is there already moves the key's revision on."""
+    first = await put(store, a="1")
+    second = await put(store, a="1")
+    assert second > first
+    assert (await store.read("")).items["a"].revision == second
+
+
+async def test_deleting_wins(store):
+    """A key that one commit puts and deletes is gone."""
+    await put(store, a="1")
+    await store.commit(Change(puts={"a": b"2"}, deletes=frozenset({"a"})))
+    assert await values(store) == {}
+
+
+async def test_five_hundred_deletes(store):
+    """One commit deletes more keys than fit into a transaction of any store."""
+    keys = [f"addresses/{number:03}" for number in range(500)]
+    for at in range(0, 500, 100):
+        await store.commit(Change(puts=dict.fromkeys(keys[at : at + 100], b"x")))
+    seen = await put(store, pool="1")
+    revision = await store.commit(
+        Change(
+            expect={"pool": seen},
+            puts={"pool": b"2"},
+            deletes=frozenset([*keys, "nothing"]),
+        )
+    )
+    assert (await store.read("")).items == {"pool": Item(value=b"2", revision=revision)}
+
+
+async def test_five_hundred_deletes_can_lose(store):
+    """If their expectation fails, none of many deletes is made."""
+    keys = [f"addresses/{number:03}" for number in range(200)]
+    for at in range(0, 200, 100):
+        await store.commit(Change(puts=dict.fromkeys(keys[at : at + 100], b"x")))
+    with pytest.raises(RaceLostError):
+        await store.commit(Change(expect={"pool": 7}, deletes=frozenset(keys)))
+    assert sorted(await values(store)) == keys
+
+
 # Expectations.
 
 
@@ -289,6 +398,16 @@ async def test_expectations_guard_deletes(store):
     with pytest.raises(RaceLostError):
         await store.commit(Change(expect={"a": seen}, deletes=frozenset({"a"})))
     assert await values(store) == {"a": b"2"}
+
+
+async def test_a_commit_may_only_expect(store):
+    """A commit without a write tells whether its expectations hold, and the revision."""
+    seen = await put(store, a="1")
+    revision = await put(store, b="1")
+    assert await store.commit(Change(expect={"a": seen, "c": 0})) == revision
+    with pytest.raises(RaceLostError):
+        await store.commit(Change(expect={"a": seen, "c": 1}))
+    assert (await store.read("")).revision == revision
 
 
 async def test_expected_keys_need_not_be_written(store):
@@ -411,6 +530,21 @@ async def test_a_watch_sees_its_prefix_only(store):
     await store.commit(Change(puts={"b/1": b"x"}))
     revision = await store.commit(Change(puts={"a/1": b"1", "b/2": b"x"}))
     assert await take(watch, 1) == [(Event(key="a/1", value=b"1", revision=revision),)]
+
+
+async def test_a_watch_can_end_before_some_keys(store):
+    """Keys from `end` on are left out of a watch, alone and in commits with others."""
+    start = (await store.read("")).revision + 1
+    everything, some = (
+        store.watch("", start, end="w/"),
+        store.watch("h/", start, end="i"),
+    )
+    await put(store, **{"w/1": "x"})
+    first = await put(store, **{"h/1": "1", "w/1": "x", "z": "x", "v": "1"})
+    second = await put(store, **{"h/2": "1"})
+    batches = await take(everything, 2)
+    assert [sorted(e.key for e in b) for b in batches] == [["h/1", "v"], ["h/2"]]
+    assert [b[0].revision for b in await take(some, 2)] == [first, second]
 
 
 async def test_batches_come_in_order(doors):

@@ -10,69 +10,20 @@ import pytest
 import structlog
 
 from cnmdriver.errors import Conflict, StoreError
-from cnmdriver.model import Cluster, Host, Member, Network, Reservation
+from cnmdriver.model import Cluster, Host, Member, Network, Reservation, Watermark
 from cnmdriver.store import records, state
-from cnmdriver.store.base import Change, Event, Item, Lease, Listing, RaceLostError
+from cnmdriver.store.base import Change, Event, Item, Lease, Listing, RewoundError
 from cnmdriver.store.local import LocalDatabase
 from cnmdriver.store.sqlite import SqliteStore
 from cnmdriver.store.state import State
 from cnmdriver.store.view import Draft
+from tests.store.doors import Moody
 
 NET = ip_network("10.1.0.0/24")
 IP = ip_address("10.1.0.2")
 ADDRESS = records.address("s", NET, IP)
 RESERVED = Reservation(space="s", cidr=NET, ip=IP, host="h")
 MEMBER = Member(network="n", host="h", claims=("one",))
-
-
-class Moody:
-    """An embedded store that the test takes away, or makes lose."""
-
-    def __init__(self, store: SqliteStore) -> None:
-        """Stand before a store."""
-        self.store = store
-        self.away = False
-        self.losing = 0
-        self.commits: list[Change] = []
-        self.starts: list[int] = []
-        self.broken: StoreError | None = None
-
-    def check(self) -> None:
-        """Fail if the test wants it."""
-        if self.away:
-            raise StoreError("the store is away")
-
-    async def open(self) -> None:
-        await self.store.open()
-
-    async def close(self) -> None:
-        await self.store.close()
-
-    async def read(self, prefix: str) -> Listing:
-        self.check()
-        return await self.store.read(prefix)
-
-    async def commit(self, change: Change, lease: Lease | None = None) -> int:
-        self.check()
-        if self.losing:
-            self.losing -= 1
-            raise RaceLostError({}, 0)
-        revision = await self.store.commit(change, lease)
-        self.commits.append(change)
-        return revision
-
-    async def watch(self, prefix: str, start: int) -> AsyncIterator[tuple[Event, ...]]:
-        self.check()
-        self.starts.append(start)
-        if self.broken is not None:
-            error, self.broken = self.broken, None
-            raise error
-        async for events in self.store.watch(prefix, start):
-            self.check()
-            yield events
-
-    async def lease(self, ttl: float) -> Lease:
-        return await self.store.lease(ttl)
 
 
 @dataclass
@@ -652,7 +603,9 @@ async def test_reading_anew_at_intervals(one, two, quick, monkeypatch):
     """A watch that tells nothing is not believed: everything is read at intervals."""
     monkeypatch.setattr(state, "RELIST", 0.05)
 
-    async def silent(prefix: str, start: int) -> AsyncIterator[tuple[Event, ...]]:
+    async def silent(
+        prefix: str, start: int, **_: str
+    ) -> AsyncIterator[tuple[Event, ...]]:
         await asyncio.sleep(60)
         yield ()
 
@@ -676,3 +629,197 @@ def test_going_and_coming_are_logged_once(tmp_path):
         ("store.away", "three"),
     ]
     assert noted.away == "three"
+
+
+# News that did not come by the watch.
+
+
+async def test_news_of_a_lost_race_wakes(one, two):
+    """What a loss told wakes too, as the watch will not tell it a second time."""
+    await one.state.relist()
+    await two.state.commit(putting("hosts/h", host("h", "2")))
+    one.wakes.clear()
+    await one.state.commit(putting("hosts/h", host("h", "1")))
+    assert one.wakes == [None]
+
+
+async def test_news_of_a_refusal_wakes(one, two):
+    """What was read anew for a refusal wakes, though the refusal stays."""
+    one.store.shared = True
+    await two.state.commit(putting("hosts/h", host("h")))
+    one.wakes.clear()
+
+    def decide(draft: Draft) -> None:
+        raise Conflict("no")
+
+    with pytest.raises(Conflict):
+        await one.state.commit(decide)
+    assert one.wakes == [None]
+
+
+async def test_watermarks_wake_nobody(one, two):
+    """How far other hosts' kernels are is news to nobody."""
+    async with following(one):
+        await until(lambda: one.store.starts)
+        one.wakes.clear()
+        await two.state.commit(putting("watermarks/h", Watermark(revision=1)))
+        await two.state.commit(putting("hosts/h", host("h")))
+        await until(lambda: one.state.view.get(Host, "hosts/h"))
+        assert one.wakes == [None]
+        assert one.state.view.get(Watermark, "watermarks/h") is None
+        await one.state.relist()
+        assert one.wakes == [None]
+
+
+# Bounds.
+
+
+async def test_a_commit_has_an_end(one, monkeypatch):
+    """A commit that cannot be made in time says so, however slow the store is."""
+    monkeypatch.setattr(state, "LIMIT", 0.1)
+
+    async def slow() -> list[tuple[int, Change]]:
+        await asyncio.sleep(5)
+        return []
+
+    one.state.behind = True
+    one.local.pending = slow
+    with pytest.raises(StoreError, match=r"^the store did not take a change within"):
+        await one.state.commit(putting("hosts/h", host("h")))
+    assert await one.keys() == []
+
+
+async def test_a_slow_commit_begins_no_other_write(one, monkeypatch):
+    """After most of its time a lost race is not decided again."""
+    monkeypatch.setattr(state, "LATEST", 0.05)
+    commit = one.store.commit
+
+    async def slow(change: Change, lease: Lease | None = None) -> int:
+        await asyncio.sleep(0.1)
+        return await commit(change, lease)
+
+    one.store.commit, one.store.losing = slow, 1
+    with pytest.raises(StoreError, match="too slow"):
+        await one.state.commit(putting("hosts/h", host("h")))
+    assert await one.keys() == []
+
+
+def test_the_interval_is_by_chance():
+    """Two readings are a minute apart, give or take a tenth, hardly ever the same."""
+    waits = [state.interval() for _ in range(100)]
+    assert all(54 <= wait <= 66 for wait in waits)
+    assert len(set(waits)) > 90
+
+
+# A store that went back.
+
+
+async def fresh(tmp_path, name: str = "new") -> SqliteStore:
+    """Open an empty store beside the other."""
+    store = SqliteStore(tmp_path / f"{name}.db")
+    await store.open()
+    return store
+
+
+async def test_a_wiped_store_takes_nothing_away(one, tmp_path):
+    """What a wiped store lacks stays in the view, named, and can be written again."""
+    await one.state.commit(putting("members/n/h", MEMBER))
+    await one.state.commit(putting("hosts/h", host("h")))
+    await one.state.relist()
+    wiped = one.store.store = await fresh(tmp_path)
+    with structlog.testing.capture_logs() as logs:
+        await one.state.relist()
+        await one.state.relist()
+    assert [entry["event"] for entry in logs] == ["store.rewound"]
+    assert one.state.view.get(Member, "members/n/h") == MEMBER
+    assert one.state.view.missing == {"members/n/h", "hosts/h"}
+    await one.state.commit(putting("members/n/h", MEMBER))
+    assert await one.keys() == ["members/n/h"]
+    assert one.state.view.missing == {"hosts/h"}
+    await wiped.close()
+
+
+async def test_a_store_that_says_it_went_back(one, two, tmp_path, quick):
+    """After the store said that it went back it is read, believed and followed on."""
+    await one.state.commit(putting("hosts/h", host("h", "1")))
+    await one.state.commit(putting("hosts/h", host("h", "2")))
+    restored = await fresh(tmp_path)
+    old = records.encode(host("h", "old"))
+    await restored.commit(Change(puts={"hosts/h": old}))
+    one.store.broken = RewoundError("the store went back")
+    async with following(one):
+        await until(lambda: one.store.starts)
+        one.store.store = restored
+        await until(lambda: len(one.store.starts) == 2)
+        assert one.state.view.get(Host, "hosts/h") == host("h", "old")
+        await restored.commit(Change(puts={"hosts/i": records.encode(host("i"))}))
+        await until(lambda: one.state.view.get(Host, "hosts/i"))
+        assert one.state.away is None
+        assert not one.state.rewound
+        assert one.wakes
+    await restored.close()
+
+
+async def test_reading_says_that_the_store_went_back(one, tmp_path):
+    """A reading that is refused because the store went back is made again."""
+    await one.state.commit(putting("hosts/h", host("h")))
+    restored = one.store.store = await fresh(tmp_path)
+    read, told = one.store.read, []
+
+    async def once(prefix: str) -> Listing:
+        if not told:
+            told.append(prefix)
+            raise RewoundError("the store went back")
+        return await read(prefix)
+
+    one.store.read = once
+    await one.state.relist()
+    assert one.state.view.missing == {"hosts/h"}
+    await restored.close()
+
+
+# What a lost answer leaves behind.
+
+
+def found(**revisions: tuple[str, int]) -> Listing:
+    """Make a listing of hosts by version and revision."""
+    return Listing(
+        items={
+            f"hosts/{name}": Item(
+                value=records.encode(host(name, version)), revision=at
+            )
+            for name, (version, at) in revisions.items()
+        },
+        revision=99,
+    )
+
+
+SENT = Change(
+    expect={"hosts/a": 5, "hosts/b": 0},
+    puts={
+        "hosts/a": records.encode(host("a", "2")),
+        "hosts/b": records.encode(host("b", "2")),
+    },
+    deletes=frozenset({"hosts/c"}),
+)
+
+
+@pytest.mark.parametrize(
+    ("listing", "landed"),
+    [
+        (found(a=("2", 8), b=("2", 8)), True),
+        (found(a=("3", 9), b=("2", 8)), True),
+        (found(a=("2", 8), b=("2", 8), c=("1", 9)), True),
+        (found(a=("1", 5)), False),
+        (found(a=("1", 5), b=("2", 8)), False),
+        (found(a=("2", 8)), False),
+        (found(a=("2", 8), b=("2", 8), c=("1", 4)), False),
+        (found(a=("2", 8), b=("2", 7)), True),
+        (found(a=("2", 5), b=("3", 9)), False),
+        (found(a=("3", 9), b=("3", 9)), False),
+        (found(), False),
+    ],
+)
+def test_the_trace_of_a_transaction(listing, landed):
+    """A transaction is there if all it wrote is there as one, or was written over."""
+    assert state.has(listing, SENT) is landed

@@ -3,8 +3,21 @@
 from ipaddress import ip_address, ip_network
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from cnmdriver.model import Host, Member, Network, Pool, Reservation
+from cnmdriver.model import (
+    Alive,
+    Cluster,
+    Fence,
+    Host,
+    Kept,
+    Member,
+    Network,
+    Pool,
+    Reservation,
+    Watermark,
+)
 from cnmdriver.store import records
 from cnmdriver.store.base import Change, Item
 from cnmdriver.store.view import Draft, View
@@ -354,3 +367,149 @@ def test_a_pool_in_a_draft(view):
     assert view.get(Pool, "pools/s/10.1.0.0/24") == Pool(
         space="s", cidr=NET, network="n"
     )
+
+
+# What changed.
+
+
+def test_the_first_look_at_changes(view):
+    """Who asks for the first time gets every key there is, and nothing that is gone."""
+    write(view, "hosts/a", None, 6)
+    write(view, "members/n/a", member("n", "a"), 7)
+    write(view, "watermarks/a", Watermark(revision=1), 8)
+    assert view.drain() == {"hosts/b", "members/n/a"}
+    assert view.drain() == frozenset()
+
+
+def test_changes_since_the_last_look(view):
+    """Puts and deletions count once each, whichever way they came; old news does not."""
+    view.drain()
+    write(view, "hosts/a", host("a", "2"), 6)
+    write(view, "hosts/a", host("a", "3"), 7)
+    write(view, "hosts/b", host("b", "old"), 4)
+    write(view, "members/n/a", None, 8)
+    write(view, "watermarks/a", Watermark(revision=1), 8)
+    assert view.drain() == {"hosts/a", "members/n/a"}
+    assert view.drain() == frozenset()
+    view.replace([("hosts/a", item(host("a", "4"), 9))], 9)
+    assert view.drain() == {"hosts/a", "hosts/b"}
+
+
+def test_nobody_looks_for_changes(view):
+    """Changes nobody has ever asked for are not remembered."""
+    for number in range(1000):
+        write(view, f"hosts/{number}", host("x"), 10 + number)
+        write(view, f"hosts/{number}", None, 2000 + number)
+    assert view.fresh is None
+
+
+def test_a_malformed_value_is_a_change(view):
+    """A key whose value cannot be read any more has changed."""
+    view.drain()
+    view.write("hosts/a", b"?", 7)
+    assert view.drain() == {"hosts/a"}
+
+
+def test_watermarks_are_no_news(view):
+    """A listing whose only news is how far other hosts are wakes nobody."""
+    listing = [("hosts/a", item(host("a"), 3)), ("hosts/b", item(host("b"), 5))]
+    mark = ("watermarks/a", item(Watermark(revision=1), 8))
+    assert not view.replace([*listing, mark], 9)
+    assert view.get(Watermark, "watermarks/a") == Watermark(revision=1)
+    assert not view.replace(listing, 10)
+    assert view.get(Watermark, "watermarks/a") is None
+
+
+# Order.
+
+
+@given(st.lists(st.tuples(st.integers(0, 12), st.booleans()), max_size=60))
+def test_order_is_kept(steps):
+    """Whatever came and went, in whichever order, records are shown by their keys."""
+    view, known = View(), set()
+    for revision, (number, put) in enumerate(steps, 1):
+        name = f"{number:x}"
+        write(view, f"members/n/{name}", member("n", name) if put else None, revision)
+        known = known | {name} if put else known - {name}
+    assert [m.host for m in view.all(Member, "members/n/")] == sorted(known)
+    assert [m.host for m in view.all(Member, "members/")] == sorted(known)
+    assert Draft(view).keys("members/n/") == [f"members/n/{k}" for k in sorted(known)]
+    draft = Draft(view)
+    draft.put("members/n/55", member("n", "55"))
+    draft.delete("members/n/5")
+    wanted = sorted((known | {"55"}) - {"5"})
+    assert [m.host for m in draft.all(Member, "members/n/")] == wanted
+    assert draft.keys("members/n/") == [f"members/n/{k}" for k in wanted]
+    assert view.order.keys() == view.groups.keys()
+
+
+def test_a_look_while_it_changes(view):
+    """A look shows what was there when it began, whatever changes meanwhile."""
+    found = []
+    for record in view.all(Host, "hosts/"):
+        found.append(record)
+        write(view, "hosts/b", None, 9)
+        write(view, "hosts/c", host("c"), 9)
+    assert found == [host("a"), host("b")]
+
+
+# A store that went back.
+
+
+def test_a_rewound_store_is_believed_in_what_it_has(view):
+    """What a restored store has counts, though its revisions are lower than known."""
+    old = [("hosts/a", item(host("a", "old"), 2))]
+    assert not view.replace(old, 2)
+    assert view.replace(old, 2, rewound=True)
+    assert view.get(Host, "hosts/a") == host("a", "old")
+    assert view.seen("hosts/a") == 2
+    assert (view.revision, view.listed) == (2, 2)
+    assert write(view, "hosts/a", host("a", "new"), 3)
+    assert view.get(Host, "hosts/a") == host("a", "new")
+
+
+def test_what_a_rewound_store_lacks_stays(view):
+    """Nothing is removed because a wiped store lacks it, also later; it is named."""
+    view.replace([], 1, rewound=True)
+    assert list(view.all(Host, "hosts/")) == [host("a"), host("b")]
+    assert view.missing == {"hosts/a", "hosts/b"}
+    assert view.seen("hosts/a") == 0
+    assert not view.replace([], 7)
+    assert list(view.all(Host, "hosts/")) == [host("a"), host("b")]
+
+
+def test_what_was_missing_is_published_again(view):
+    """A missing record can be put or deleted, and is as any other then."""
+    view.replace([], 1, rewound=True)
+    draft = Draft(view)
+    draft.put("hosts/a", host("a", "2"))
+    assert draft.change().expect == {"hosts/a": 0}
+    write(view, "hosts/a", host("a", "2"), 2)
+    write(view, "hosts/b", None, 2)
+    assert view.missing == set()
+    assert list(view.all(Host, "hosts/")) == [host("a", "2")]
+    assert view.replace([], 3)
+    assert view.groups == {}
+
+
+def test_the_same_record_is_published_again():
+    """A draft writes a missing record even if it is the same as the view shows."""
+    view = View()
+    write(view, "hosts/a", host("a"), 3)
+    view.replace([], 1, rewound=True)
+    draft = Draft(view)
+    draft.put("hosts/a", host("a"))
+    assert draft.change() == Change(
+        expect={"hosts/a": 0}, puts={"hosts/a": records.encode(host("a"))}
+    )
+
+
+def test_signs_of_life_end_with_their_store(view):
+    """Leases are lost with the store: who was alive there is not, until it says so."""
+    write(view, "alive/a", Alive(instance="i", boot="b"), 6)
+    write(view, "fence/a", Fence(instance="i"), 6)
+    write(view, "kept/a", Kept(), 6)
+    write(view, "cluster", Cluster(id="c", schema=1), 6)
+    view.replace([], 1, rewound=True)
+    assert sorted(view.groups) == ["hosts/"]
+    assert view.missing == {"hosts/a", "hosts/b"}

@@ -56,6 +56,8 @@ class Docker:
     def __init__(self, rig: Rig) -> None:
         """Call these drivers."""
         self.rig = rig
+        self.checks = False
+        """Whether it asks first if a gateway is needed, as 28.0 and later do."""
         self.nets: dict[str, Net] = {}
         self.boxes: dict[str, Box] = {}
 
@@ -93,13 +95,17 @@ class Docker:
     ) -> Net:
         """`docker network create -d pynet --ipam-driver pynet`."""
         net = Net(name)
+        skip = self.checks and self.rig.networks.skips_gateway(
+            options or {}, internal=internal
+        )
         try:
             for cidr in cidrs or (None,):
                 version = 6 if cidr == "ipv6" else 4
                 text = None if cidr == "ipv6" else cidr
                 await self.claim(
-                    net, text, version, gateway=gateway, aux=aux, sub=sub, ipam=ipam
-                )
+                    net, text, version, gateway="" if skip and not gateway else gateway,
+                    aux=aux, sub=sub, ipam=ipam,
+                )  # fmt: skip
             await self.rig.networks.create(
                 name,
                 subnets=tuple(net.subnets),
@@ -113,12 +119,14 @@ class Docker:
         return net
 
     async def claim(self, net, cidr, version, *, gateway, aux, sub, ipam) -> None:
-        """Claim one pool with its gateway and auxiliary addresses."""
+        """Claim one pool with its gateway, unless that is "", and auxiliary ones."""
         pool_id = await self.pool(cidr, sub=sub, version=version, **ipam)
         pool = ip_network("/".join(pool_id.split("/")[1:3]))
         net.pools.append((pool_id, str(pool)))
-        own = await self.address(pool_id, gateway, gateway=True)
-        net.held.append((pool_id, own.ip))
+        own = None
+        if gateway != "":
+            own = (await self.address(pool_id, gateway, gateway=True)).ip
+            net.held.append((pool_id, own))
         for text in aux:
             await self.address(pool_id, text)
             net.held.append((pool_id, ip_address(text)))
@@ -126,7 +134,7 @@ class Docker:
             Subnet(
                 space="local",
                 pool=pool,
-                gateway=own.ip,
+                gateway=own,
                 reserved=tuple(ip_address(text) for text in aux),
             )
         )

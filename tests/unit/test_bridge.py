@@ -3,9 +3,17 @@
 from dataclasses import replace
 from ipaddress import IPv4Address, ip_address, ip_interface, ip_network
 
-import pytest
-
-from cnmdriver.model import TCP, UDP, Endpoint, Member, Network, Published, Subnet
+from cnmdriver.model import (
+    TCP,
+    UDP,
+    Endpoint,
+    Host,
+    Member,
+    Network,
+    Published,
+    Remote,
+    Subnet,
+)
 from cnmdriver.plan import bridge, firewall, ops
 from cnmdriver.plan.ops import Accept, Address, Bridge, Element, Hold, Sysctl, Veth
 
@@ -21,6 +29,13 @@ SIX = Subnet(
 NETWORK = Network(id="red", mode="bridge", subnets=(FOUR,), mtu=1450)
 DUAL = replace(NETWORK, subnets=(FOUR, SIX))
 MEMBER = Member(network="red", host="0123456789", docker_id="d" * 64, bridge="pn-1")
+HOST = Host(
+    id="0123456789",
+    name="h1",
+    version="1",
+    vtep=IPv4Address("192.0.2.1"),
+    mtu=9000,
+)
 ENDPOINT = Endpoint(
     network="red",
     id="web",
@@ -39,12 +54,12 @@ def names(plan):
 
 def test_mtu():
     """Ethernet's is the MTU when nobody says."""
-    assert bridge.MTU == 1500
+    assert bridge.mtu(HOST) == 1500
 
 
 def test_network():
     """An IPv4 network: rules, the way through the host's firewall, bridge, gateway."""
-    assert bridge.network(NETWORK, MEMBER) == (
+    assert bridge.network(NETWORK, MEMBER, HOST) == (
         firewall.table(),
         Element(set="bridges", item=('"pn-1"',)),
         Element(set="self", item=('"pn-1"', '"pn-1"')),
@@ -66,7 +81,7 @@ def test_network():
 
 def test_dual_network():
     """Both families: each has its accept and forwarding, and IPv6 a link-local router."""
-    plan = bridge.network(DUAL, MEMBER)
+    plan = bridge.network(DUAL, MEMBER, HOST)
     assert names(plan)[7:] == [
         "accept 4",
         "accept 6",
@@ -92,7 +107,7 @@ def test_dual_network():
 
 def test_ipv6_network():
     """Without IPv4 there is nothing of it: no accept, no forwarding, no setting."""
-    plan = bridge.network(replace(NETWORK, subnets=(SIX,)), MEMBER)
+    plan = bridge.network(replace(NETWORK, subnets=(SIX,)), MEMBER, HOST)
     assert names(plan)[1:] == [
         'element inet pynet bridges "pn-1"',
         'element inet pynet self "pn-1" "pn-1"',
@@ -110,7 +125,7 @@ def test_ipv6_network():
 
 def test_internal_network():
     """The host keeps its address on an internal network, and routes nothing for it."""
-    plan = bridge.network(replace(DUAL, internal=True), MEMBER)
+    plan = bridge.network(replace(DUAL, internal=True), MEMBER, HOST)
     assert names(plan)[1:] == [
         'element inet pynet bridges "pn-1"',
         'element inet pynet internal "pn-1"',
@@ -130,14 +145,14 @@ def test_internal_network():
 
 def test_gateway_of_docker():
     """With Docker's gateway the host has no address on the bridge at all."""
-    plan = bridge.network(replace(DUAL, gateway="docker"), MEMBER)
+    plan = bridge.network(replace(DUAL, gateway="docker"), MEMBER, HOST)
     assert not [op for op in plan if isinstance(op, Address)]
     assert "sysctl net/ipv4/ip_forward" not in names(plan)
 
 
 def test_network_without_subnets():
     """A network that Docker gives no addresses is a bridge and its rules."""
-    plan = bridge.network(replace(NETWORK, subnets=()), MEMBER)
+    plan = bridge.network(replace(NETWORK, subnets=()), MEMBER, HOST)
     assert names(plan) == [
         "table inet pynet",
         'element inet pynet bridges "pn-1"',
@@ -150,37 +165,13 @@ def test_network_without_subnets():
 def test_subnet_without_gateway():
     """A subnet that has no gateway adds no address."""
     bare = replace(FOUR, gateway=None)
-    plan = bridge.network(replace(NETWORK, subnets=(bare, SIX)), MEMBER)
+    plan = bridge.network(replace(NETWORK, subnets=(bare, SIX)), MEMBER, HOST)
     assert names(plan)[-2:] == ["address pn-1 fe80::1/64", "address pn-1 fd00::ffff/64"]
-
-
-@pytest.mark.parametrize(
-    ("gateways", "mac"),
-    [
-        (("10.1.0.1",), "02:42:0a:01:00:01"),
-        (("10.2.0.1", "10.1.0.1"), "02:42:0a:01:00:01"),
-        (("fd00::1", "10.1.0.1"), "02:42:0a:01:00:01"),
-        (("fd00::1", None), "02:42:cb:2a:2b:4d"),
-        ((None,), "02:42:b1:f5:1a:51"),
-        ((), "02:42:b1:f5:1a:51"),
-    ],
-)
-def test_bridge_mac(gateways, mac):
-    """The MAC follows the lowest gateway, IPv4 before IPv6, or the network's id."""
-    subnets = tuple(
-        Subnet(
-            space="s",
-            pool=ip_network("10.0.0.0/8"),
-            gateway=None if gateway is None else ip_address(gateway),
-        )
-        for gateway in gateways
-    )
-    assert bridge.bridge_mac(replace(NETWORK, subnets=subnets)) == mac
 
 
 def test_endpoint():
     """An endpoint that publishes nothing is one pair."""
-    assert bridge.endpoint(NETWORK, MEMBER, ENDPOINT) == (
+    assert bridge.endpoint(NETWORK, MEMBER, ENDPOINT, HOST) == (
         Veth(
             name="pe-4b5e57f6eb",
             peer="pc-4b5e57f6eb",
@@ -196,7 +187,7 @@ def test_endpoint():
 
 def test_endpoint_without_icc():
     """Without traffic between containers each port is isolated."""
-    (veth,) = bridge.endpoint(replace(NETWORK, icc=False), MEMBER, ENDPOINT)
+    (veth,) = bridge.endpoint(replace(NETWORK, icc=False), MEMBER, ENDPOINT, HOST)
     assert veth.isolated is True
 
 
@@ -206,6 +197,7 @@ def test_endpoint_that_publishes():
         NETWORK,
         MEMBER,
         replace(ENDPOINT, published=(PORT, replace(PORT, protocol=UDP))),
+        HOST,
     )
     target = IPv4Address("10.1.0.2")
     assert veth.hairpin is True
@@ -217,26 +209,9 @@ def test_endpoint_that_publishes():
     ]
 
 
-@pytest.mark.parametrize(
-    ("host_ip", "own", "target"),
-    [
-        (None, ("10.1.0.2/24", "fd00::2/64"), "fd00::2"),
-        (None, ("10.1.0.2/24", None), "10.1.0.2"),
-        ("127.0.0.1", ("10.1.0.2/24", "fd00::2/64"), "10.1.0.2"),
-        ("127.0.0.1", (None, "fd00::2/64"), "fd00::2"),
-        ("::1", ("10.1.0.2/24", "fd00::2/64"), "fd00::2"),
-        ("::1", ("10.1.0.2/24", None), "10.1.0.2"),
-        ("::1", (None, None), None),
-    ],
-)
-def test_relayed(host_ip, own, target):
-    """What is relayed goes to the host address's own family where it can."""
-    four, six = (None if a is None else ip_interface(a) for a in own)
-    endpoint = replace(ENDPOINT, ipv4=four, ipv6=six)
-    address = None if host_ip is None else ip_address(host_ip)
-    found = bridge.relayed(address, endpoint)
-    assert found == (None if target is None else ip_address(target))
-    port = replace(PORT, host_ip=address)
-    assert bridge.hold(port, endpoint) == Hold(
-        protocol=TCP, address=address, port=8080, target=found, target_port=80
-    )
+def test_other_hosts():
+    """A bridge ends at its host: nothing is known of others."""
+    vtep = IPv4Address("192.0.2.2")
+    remote = Remote(mac=ENDPOINT.mac, addresses=(IPv4Address("10.1.0.9"),), vtep=vtep)
+    assert bridge.remote(NETWORK, MEMBER, remote, HOST) == ()
+    assert bridge.peer(NETWORK, MEMBER, vtep, HOST) == ()

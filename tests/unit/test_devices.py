@@ -16,6 +16,11 @@ def test_names():
     assert devices.bridge("red") == "pn-b1f51a511f"
     assert devices.port("red") == "pe-b1f51a511f"
     assert devices.peer("red") == "pc-b1f51a511f"
+    assert devices.vxlan("red") == "pv-b1f51a511f"
+    assert devices.gateway_port("red") == "pgp-b1f51a511f"
+    assert devices.gateway("red") == "pg-b1f51a511f"
+    assert devices.access_port("red") == "php-b1f51a511f"
+    assert devices.access("red") == "ph-b1f51a511f"
     assert devices.bridge("blue") == "pn-16477688c0"
     assert devices.digest("red") == "b1f51a511f"
     assert devices.digest("red", 3) == "b1f"
@@ -25,9 +30,20 @@ def test_names():
 @given(st.text(max_size=70))
 def test_names_fit(identity):
     """Whatever the id, the kernel takes the name, and no two kinds share one."""
-    names = {f(identity) for f in (devices.bridge, devices.port, devices.peer)}
-    assert len(names) == 3
-    assert all(re.fullmatch("p[nec]-[0-9a-f]{10}", name) for name in names)
+    kinds = (
+        devices.bridge,
+        devices.vxlan,
+        devices.port,
+        devices.peer,
+        devices.gateway_port,
+        devices.gateway,
+        devices.access_port,
+        devices.access,
+    )
+    names = {kind(identity) for kind in kinds}
+    assert len(names) == len(kinds)
+    assert all(re.fullmatch("p[a-z]{1,2}-[0-9a-f]{10}", name) for name in names)
+    assert all(len(name) <= 15 for name in names)
 
 
 def test_alias():
@@ -35,6 +51,8 @@ def test_alias():
     found = devices.alias("0123456789abcdef", "endpoint", "e" * 64)
     assert found == "pynet:01234567:endpoint:" + "e" * 64
     assert devices.endpoint_id(found) == "e" * 64
+    assert devices.kind(found) == "endpoint"
+    assert devices.kind("pynet:01234567:network:abc") == "network"
 
 
 @pytest.mark.parametrize(
@@ -87,6 +105,36 @@ def test_endpoint_mac():
     assert devices.endpoint_mac((four, six), "red") == "02:42:0a:01:00:02"
     assert devices.endpoint_mac((six,), "red") == "02:42:cb:2a:2b:4d"
     assert devices.endpoint_mac((), "red") == "02:42:b1:f5:1a:51"
+
+
+@pytest.mark.parametrize(
+    "alias", [None, "", "eth0", "pynet:0:network", "x:0:network:1", "pynet:0:a:b:c"]
+)
+def test_kind_of_others(alias):
+    """An alias that is not ours has no kind."""
+    assert devices.kind(alias) == ""
+
+
+@given(st.text(), st.integers(0, 2**32 - 1))
+def test_bridge_mac(identity, four):
+    """The MAC of an overlay's bridge is local unicast, and never that of an address."""
+    mac = devices.bridge_mac(identity)
+    assert re.fullmatch("0e(:[0-9a-f]{2}){5}", mac)
+    assert mac != devices.mac(IPv4Address(four))
+    assert devices.bridge_mac("red") == "0e:b1:f5:1a:51:1f"
+
+
+@pytest.mark.parametrize(
+    ("mac", "address"),
+    [
+        ("02:42:0a:01:00:02", "fe80::42:aff:fe01:2/64"),
+        ("00:00:5e:00:53:01", "fe80::200:5eff:fe00:5301/64"),
+        ("ff:ff:ff:ff:ff:ff", "fe80::fdff:ffff:feff:ffff/64"),
+    ],
+)
+def test_link_local(mac, address):
+    """The link-local address is what the kernel itself would derive from the MAC."""
+    assert devices.link_local(mac) == ip_interface(address)
 
 
 def test_colons():

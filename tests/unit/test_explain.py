@@ -1,17 +1,20 @@
 """The text of `pynet explain`: whole, in order, each thing once, safe to run."""
 
 import shlex
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from ipaddress import ip_address
 
 import pytest
 
-from cnmdriver.insight.explain import Part, explain, script
+from cnmdriver.insight.explain import PURPOSES, Part, explain, script
 from cnmdriver.model import TCP
+from cnmdriver.plan import devices, ops
 from cnmdriver.plan.ops import Accept, Bridge, Element, Hold
 from cnmdriver.store import records
 from tests import scene
-from tests.fakes import rig
+from tests.fakes import cluster, level, rig
+from tests.scene import BLUE, DB, WEB
 
 
 @pytest.fixture
@@ -189,3 +192,110 @@ def test_parts_of_one_purpose_share_a_comment():
     text = script("h", [Part(title="t", plan=(bridge, Accept(version=4), hold, hold))])
     assert text.count("# the bridge\n") == 1
     assert text.count("# - 80/tcp of ::1\n") == 1
+
+
+# Several hosts.
+
+
+@asynccontextmanager
+async def overlay(tmp_path, **said):
+    """Build two hosts with an overlay; each has a sandbox on it."""
+    async with cluster(tmp_path, 2) as hosts:
+        for last, (made, web) in enumerate(zip(hosts, (WEB, DB), strict=True), 11):
+            made.site.names[BLUE] = "blue"
+            await scene.network(made, BLUE, "10.1.0.0/24", "fd00:1::/64", **said)
+            await level(*hosts)
+            faces = (f"10.1.0.{last}/24", f"fd00:1::{last}/64")
+            await scene.endpoint(made, BLUE, web, *faces)
+            await made.networks.join(BLUE, web, scene.SANDBOX + "aaaaaaaaaaaa")
+        await level(*hosts)
+        yield hosts
+
+
+ALL = {"gateway": "pynet", "host_access": "true", "flood": "true"}
+
+
+@pytest.mark.parametrize("said", [{}, ALL, {"host_access": "true"}])
+async def test_overlay_is_whole(tmp_path, said):
+    """Every command of an overlay stands in the text once, after what it stands on."""
+    async with overlay(tmp_path, **said) as (made, _):
+        found = commands(text_of(made))
+        wanted = [c for op in made.site.desired() for c in op.commands()]
+    assert [c for c in wanted if found.count(c) != 1] == []
+    ours = [c for c in found if c in wanted]
+    assert sorted(ours) == sorted(wanted)
+    assert ("ip", "netns", "add", "pynet") in ours
+
+
+async def test_other_hosts(tmp_path):
+    """What other hosts have stands below a title of its own, and no sandbox of theirs."""
+    async with overlay(tmp_path, flood="true") as (made, _):
+        text = text_of(made)
+    _, others = text.split("# ======== what other hosts have on network blue\n")
+    tunnel = devices.vxlan(made.site.member(BLUE).network)
+    bridge = devices.bridge(made.site.member(BLUE).network)
+    mac = "02:42:0a:01:00:0c"
+    assert others.split("\n") == [
+        "",
+        "# what is for everybody goes to every host",
+        (
+            f"bridge -n pynet fdb append 00:00:00:00:00:00 dev {tunnel}"
+            " dst 192.0.2.2 self permanent"
+        ),
+        "",
+        "# who is where, as nothing is learnt: MAC to host or port, address to MAC",
+        (
+            f"bridge -n pynet fdb replace {mac} dev {tunnel}"
+            " dst 192.0.2.2 self permanent"
+        ),
+        f"bridge -n pynet fdb replace {mac} dev {tunnel} master static sticky",
+        (
+            f"ip -n pynet -4 neigh replace 10.1.0.12 lladdr {mac}"
+            f" dev {bridge} nud permanent"
+        ),
+        (
+            f"ip -n pynet -6 neigh replace fd00:1::12 lladdr {mac}"
+            f" dev {bridge} nud permanent"
+        ),
+        "",
+    ]
+
+
+async def test_purposes_of_an_overlay(tmp_path):
+    """Each kind of thing is said in words, in the order in which it is made."""
+    async with overlay(tmp_path, **ALL) as (made, _):
+        section = text_of(made).split("# ====")[1]
+    lines = [x[2:] for x in section.splitlines() if x.startswith("# ")]
+    assert lines == [
+        "a namespace for the overlays: the host's firewall sees nothing in it",
+        "nor are iptables' rules asked there",
+        "no frame from or to a gateway of ours passes a tunnel",
+        "the chains every packet of ours passes, and the sets they look into",
+        "what the sets know",
+        "Docker: the chain it leaves to others",
+        "let our devices pass the host's own FORWARD chain",
+        "let the host route",
+        "what the sets know",
+        "the bridge",
+        "settings of the device",
+        "the tunnels: a port of the bridge that leads to the other hosts",
+        "a pair: one end is a port of the bridge, the other is the gateway",
+        "the host's end of that pair",
+        "who is where, as nothing is learnt: MAC to host or port, address to MAC",
+        "settings of the device",
+        "the host's addresses there",
+        "a pair: one end is a port of the bridge, the other is the host's own",
+        "the host's end of that pair",
+        "who is where, as nothing is learnt: MAC to host or port, address to MAC",
+        "settings of the device",
+        "the host's addresses there",
+        "the host's way to the pools, by its own address there",
+        "what the sets know",
+    ]
+
+
+def test_every_operation_has_a_purpose():
+    """No kind of operation is printed without a word on what it is for."""
+    kinds = {kind for kind in vars(ops).values() if isinstance(kind, type)}
+    kinds = {kind for kind in kinds if issubclass(kind, ops.Op)} - {ops.Op}
+    assert kinds - set(PURPOSES) == {ops.Table, ops.Veth}

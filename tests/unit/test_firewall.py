@@ -9,7 +9,7 @@ import pytest
 
 from cnmdriver.model import SCTP, TCP, UDP, Endpoint, Network, Published, Subnet
 from cnmdriver.plan import firewall
-from cnmdriver.plan.ops import Element
+from cnmdriver.plan.ops import Element, Table
 
 FOUR = Subnet(space="local", pool=ip_network("10.1.0.0/24"))
 SIX = Subnet(space="local", pool=ip_network("fd00::/64"))
@@ -83,6 +83,7 @@ def test_known_drops_before_it_accepts():
         "iifname @internal counter drop",
         "oifname @internal counter drop",
         "ct status dnat accept",
+        "iifname @hosts counter drop",
         "oifname @bridges counter drop",
         "oifname @docker counter drop",
     ]
@@ -100,6 +101,7 @@ def test_every_set_that_is_filled_is_there():
             firewall.network(replace(dual, internal=True), "b"),
             firewall.published(replace(DUAL, published=ports)),
             firewall.docker(["docker0"]),
+            firewall.access(NETWORK, "b"),
         )
         for op in plan
     }
@@ -186,6 +188,38 @@ def test_closed(internal, gateway, closed):
     """The host routes for a network unless it is internal or Docker is its router."""
     network = replace(NETWORK, internal=internal, gateway=gateway)
     assert firewall.closed(network) is closed
+
+
+DUAL_NETWORK = replace(NETWORK, subnets=(FOUR, SIX))
+
+
+@pytest.mark.parametrize(
+    ("change", "elements"),
+    [
+        ({}, ['bridges: "b"', 'hosts: "b"']),
+        ({"icc": False}, ['bridges: "b"', 'icc_off: "b"', 'hosts: "b"']),
+        ({"masquerade": False}, ['bridges: "b"', 'hosts: "b"']),
+        ({"internal": True}, ['bridges: "b"', 'internal: "b"']),
+        ({"gateway": "docker"}, ['bridges: "b"', 'internal: "b"']),
+    ],
+)
+def test_access(change, elements):
+    """A host's own device is no way out; only what is open lets ports pass by it."""
+    found = texts(firewall.access(replace(DUAL_NETWORK, **change), "b"))
+    assert found == [*elements, 'own4: 10.1.0.0/24 . "b"', 'own6: fd00::/64 . "b"']
+
+
+def test_marked():
+    """A table of another family and place has a mark of its own text."""
+    table = firewall.marked("bridge", "table bridge pynet {\n", where="blue")
+    digest = hashlib.sha256(b"table bridge pynet {\n").hexdigest()[:8]
+    assert table == Table(
+        where="blue",
+        family="bridge",
+        name="pynet",
+        mark=f"text_{digest}",
+        text=f"table bridge pynet {{\n\tchain text_{digest} {{\n\t}}\n}}\n",
+    )
 
 
 def test_docker_bridges():

@@ -277,6 +277,7 @@ async def other_hosts_network(docker, *cidrs):
             )
             for pool in pools
         ),
+        (records.space("local"), Space(claims=1)),
         (records.network("abc"), Network(id="abc", mode="bridge", subnets=(), mtu=1)),
         (
             records.member("abc", "other"),
@@ -312,13 +313,17 @@ async def test_two_claims_keep_a_provisional_pool(docker):
 
 
 async def test_a_claim_changes_its_space(docker):
-    """Every decision about claims moves the space's record, so that two never meet."""
+    """Every decision about claims moves the space's record, until it has no pool."""
     pool_id = await docker.pool("10.1.0.0/24")
     assert get(docker, Space, "spaces/local") == Space(claims=1)
     await docker.pool("10.1.0.0/24")
     assert get(docker, Space, "spaces/local") == Space(claims=1)
-    await docker.rig.ipam.release_pool(pool_id)
+    other = await docker.pool("10.2.0.0/24")
     assert get(docker, Space, "spaces/local") == Space(claims=2)
+    await docker.rig.ipam.release_pool(pool_id)
+    assert get(docker, Space, "spaces/local") == Space(claims=3)
+    await docker.rig.ipam.release_pool(other)
+    assert get(docker, Space, "spaces/local") is None
 
 
 # Releasing pools.

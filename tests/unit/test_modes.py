@@ -10,12 +10,14 @@ from cnmdriver.model import (
     TCP,
     UDP,
     Endpoint,
+    Host,
     Member,
     Network,
     Published,
+    Remote,
     Subnet,
 )
-from cnmdriver.plan import ops
+from cnmdriver.plan import devices, ops
 from cnmdriver.plan.modes import MODES
 from cnmdriver.plan.ops import Element, Sysctl
 
@@ -54,6 +56,11 @@ PORTS = (
     Published(protocol=TCP, port=80, host_ip=IPv4Address(0), host_port=82),
 )
 MEMBER = Member(network="n" * 64, host="h" * 16, docker_id="d" * 64, bridge="pn-1")
+HOST = Host(
+    id="h" * 16, name="h1", version="1", vtep=IPv4Address("192.0.2.1"), mtu=1500
+)
+ROUTED = {"bridge": "pn-1", "overlay": devices.gateway("n" * 64)}
+"""The device by which the host routes for a network."""
 
 every = pytest.mark.parametrize(
     ("mode", "kind"), [(mode, kind) for mode in MODES for kind in KINDS]
@@ -66,7 +73,9 @@ modes = pytest.mark.parametrize("mode", MODES)
 
 def network(mode, kind):
     """Return a network of a kind."""
-    said = {"mtu": MODES[mode].MTU, **KINDS[kind]}
+    said = {"mtu": MODES[mode].mtu(HOST), **KINDS[kind]}
+    if mode == "overlay":
+        said["vni"] = 10_000_000
     return Network(id="n" * 64, mode=mode, **said)
 
 
@@ -92,16 +101,16 @@ def plans(mode, kind):
     module = MODES[mode]
     other = endpoint(of, "f", ports=())
     return (
-        module.network(of, MEMBER),
-        module.endpoint(of, MEMBER, endpoint(of)),
-        module.endpoint(of, MEMBER, other),
+        module.network(of, MEMBER, HOST),
+        module.endpoint(of, MEMBER, endpoint(of), HOST),
+        module.endpoint(of, MEMBER, other, HOST),
     )
 
 
 @modes
 def test_mtu(mode):
     """A mode's own MTU carries IPv6."""
-    assert 1280 <= MODES[mode].MTU <= 65535
+    assert 1280 <= MODES[mode].mtu(HOST) <= 65535
 
 
 @every
@@ -134,7 +143,8 @@ def test_network_knows_no_endpoint(mode, kind):
     """Neither the number of endpoints nor Docker's id changes a network's plan."""
     net, *_ = plans(mode, kind)
     of = network(mode, kind)
-    again = MODES[mode].network(of, replace(MEMBER, docker_id="x", claims=("a",)))
+    other = replace(MEMBER, docker_id="x", claims=("a",))
+    again = MODES[mode].network(of, other, HOST)
     assert again == net
 
 
@@ -176,7 +186,7 @@ def test_families(mode, kind):
     for version in (4, 6):
         if of.has(version):
             continue
-        for op in MODES[mode].network(of, MEMBER):
+        for op in MODES[mode].network(of, MEMBER, HOST):
             if isinstance(op, Element):
                 assert not op.set.endswith(str(version))
             if isinstance(op, Sysctl):
@@ -195,7 +205,10 @@ def test_closed_networks(mode, kind):
             if isinstance(op, Element):
                 assert not op.set.startswith(("masq", "any", "bound"))
     net, *_ = plans(mode, kind)
-    assert Element(set="internal", item=('"pn-1"',)) in net
+    if mode == "bridge":
+        assert Element(set="internal", item=('"pn-1"',)) in net
+    else:
+        assert {op.where for op in net if op.key[0] != "namespace"} == {HOST.namespace}
 
 
 @every
@@ -206,6 +219,7 @@ def test_open_networks_are_forwarded(mode, kind):
     of = network(mode, kind)
     wanted = {"net/ipv4/ip_forward": 4, "net/ipv6/conf/all/forwarding": 6}
     net, *_ = plans(mode, kind)
+    assert Element(set="bridges", item=(f'"{ROUTED[mode]}"',)) in net
     kept = {op.path for op in net if isinstance(op, Sysctl) and op.keep}
     assert kept == {path for path, version in wanted.items() if of.has(version)}
 
@@ -216,8 +230,27 @@ def test_masquerade(mode, kind):
     of = network(mode, kind)
     hidden = {
         op.item[0]
-        for op in MODES[mode].network(of, MEMBER)
+        for op in MODES[mode].network(of, MEMBER, HOST)
         if isinstance(op, Element) and op.set.startswith("masq")
     }
     on = of.masquerade and kind not in CLOSED
     assert hidden == ({str(s.pool) for s in of.subnets} if on else set())
+
+
+@every
+def test_others_come_after(mode, kind):
+    """What is on other hosts stands on the network alone, and shares no object."""
+    of, module = network(mode, kind), MODES[mode]
+    vtep = IPv4Address("192.0.2.2")
+    addresses = tuple(s.pool[-2] for s in of.subnets)
+    remote = Remote(mac="02:42:0a:01:00:09", addresses=addresses, vtep=vtep)
+    net, *ends = plans(mode, kind)
+    others = (
+        *module.remote(of, MEMBER, remote, HOST),
+        *module.peer(replace(of, flood=True), MEMBER, vtep, HOST),
+    )
+    made = {op.key for op in net}
+    assert all(set(op.stands_on()) <= made for op in others)
+    keys = [op.key for plan in (net, *ends, others) for op in plan]
+    assert len(keys) == len(set(keys))
+    assert bool(others) is (mode == "overlay")

@@ -1,23 +1,30 @@
 """Operations: their keys, what they stand on, their commands, and comparing them."""
 
 from dataclasses import replace
-from ipaddress import IPv4Address, IPv6Address, ip_interface
+from ipaddress import IPv4Address, IPv6Address, ip_interface, ip_network
 
 import pytest
 
 from cnmdriver.model import TCP, UDP
 from cnmdriver.plan import ops
 from cnmdriver.plan.ops import (
+    FLOOD,
     Accept,
     Address,
     Bridge,
     Difference,
     Element,
+    Fdb,
     Hold,
+    Interface,
+    Namespace,
+    Neighbour,
     Op,
+    Route,
     Sysctl,
     Table,
     Veth,
+    Vxlan,
 )
 
 BRIDGE = Bridge(name="pn-1", mac="02:42:0a:01:00:01", mtu=1450, alias="pynet:h:network")
@@ -35,6 +42,28 @@ LOCAL = Sysctl(path="net/ipv4/conf/pn-1/route_localnet", value="1", device="pn-1
 TABLE = Table(family="inet", name="pynet", mark="text_1", text="table inet pynet {}")
 IN_SET = Element(set="own4", item=("10.1.0.0/24", '"pn-1"'))
 IN_MAP = Element(set="any4", item=("tcp", "8080"), value=("10.1.0.2", "80"))
+SPACE = Namespace(name="blue", alias="pynet:h:namespace:blue")
+FAR_END = Interface(name="pg-1", pair=("device", "blue", "pgp-1"), alias="pynet:h:g")
+VXLAN = Vxlan(
+    name="pv-1",
+    vni=10_000_000,
+    local=IPv4Address("192.0.2.1"),
+    port=4789,
+    bridge="pn-1",
+    mtu=1450,
+    alias="pynet:h:tunnel",
+)
+TUNNELLED = Fdb(device="pv-1", mac="02:42:0a:01:00:03", dst=IPv6Address("2001:db8::2"))
+KNOWN = Fdb(device="pe-1", mac="02:42:0a:01:00:02")
+EVERYBODY = Fdb(device="pv-1", mac=FLOOD, dst=IPv4Address("192.0.2.2"))
+NEIGHBOUR = Neighbour(
+    device="pn-1", address=IPv6Address("fd00::3"), mac="02:42:0a:01:00:03"
+)
+ROUTE = Route(
+    destination=ip_network("10.1.0.0/24"),
+    device="ph-1",
+    source=IPv4Address("10.1.0.9"),
+)
 HOLD = Hold(
     protocol=TCP,
     address=IPv4Address("127.0.0.1"),
@@ -78,6 +107,35 @@ HOLD = Hold(
             ("hold", "host", "udp", "*", "8080"),
             (),
         ),
+        (SPACE, ("namespace", "host", "blue"), ()),
+        (FAR_END, ("device", "host", "pg-1"), (("device", "blue", "pgp-1"),)),
+        (VXLAN, ("device", "host", "pv-1"), (("device", "host", "pn-1"),)),
+        (
+            TUNNELLED,
+            ("fdb", "host", "pv-1", "02:42:0a:01:00:03", "self"),
+            (("device", "host", "pv-1"),),
+        ),
+        (
+            KNOWN,
+            ("fdb", "host", "pe-1", "02:42:0a:01:00:02", "master"),
+            (("device", "host", "pe-1"),),
+        ),
+        (
+            EVERYBODY,
+            ("fdb", "host", "pv-1", FLOOD, "self", "192.0.2.2"),
+            (("device", "host", "pv-1"),),
+        ),
+        (
+            NEIGHBOUR,
+            ("neighbour", "host", "pn-1", "fd00::3"),
+            (("device", "host", "pn-1"),),
+        ),
+        (ROUTE, ("route", "host", "10.1.0.0/24"), (("device", "host", "ph-1"),)),
+        (
+            Sysctl(where="blue", path="net/x", value="0"),
+            ("sysctl", "blue", "net/x"),
+            (("namespace", "host", "blue"),),
+        ),
     ],
 )
 def test_keys(op, key, stands_on):
@@ -86,12 +144,20 @@ def test_keys(op, key, stands_on):
     assert op.stands_on() == stands_on
 
 
-@pytest.mark.parametrize("op", [BRIDGE, VETH, ADDRESS, LOCAL, TABLE, IN_SET, HOLD])
+@pytest.mark.parametrize(
+    "op",
+    [BRIDGE, VETH, ADDRESS, LOCAL, TABLE, IN_SET, HOLD]
+    + [VXLAN, KNOWN, TUNNELLED, NEIGHBOUR, ROUTE],
+)
 def test_another_place(op):
     """The same object in another namespace is another object, on other ground."""
     there = replace(op, where="pynet")
     assert there.key == (op.key[0], "pynet", *op.key[2:])
-    assert [key[1] for key in there.stands_on()] == ["pynet"] * len(op.stands_on())
+    ground = there.stands_on()
+    if op.stands_on():
+        assert [key[1] for key in ground] == ["pynet"] * len(op.stands_on())
+    else:
+        assert ground == (("namespace", "host", "pynet"),)
 
 
 def test_bare_op():
@@ -174,6 +240,113 @@ def words(op):
             ],
         ),
         (HOLD, []),
+        (
+            SPACE,
+            [
+                "ip netns add blue",
+                "ip -n blue link set lo alias pynet:h:namespace:blue",
+                "ip -n blue link set lo up",
+            ],
+        ),
+        (
+            FAR_END,
+            [
+                "sysctl -qew net/ipv6/conf/pg-1/addr_gen_mode=1",
+                "ip link set pg-1 alias pynet:h:g",
+                "ip link set pg-1 up",
+            ],
+        ),
+        (
+            replace(VXLAN, where="blue"),
+            [
+                (
+                    "ip link add pv-1 netns blue mtu 1450 group 28782 type vxlan"
+                    " id 10000000 local 192.0.2.1 dstport 4789 nolearning ttl 64"
+                ),
+                "ip -n blue link set pv-1 addrgenmode none master pn-1",
+                "ip -n blue link set pv-1 alias pynet:h:tunnel",
+                (
+                    "bridge -n blue link set dev pv-1 learning off neigh_suppress on"
+                    " flood off mcast_flood off bcast_flood off isolated off"
+                ),
+                "ip -n blue link set pv-1 up",
+            ],
+        ),
+        (
+            replace(VXLAN, mtu=1279, flood=True, isolated=True, alias=None),
+            [
+                (
+                    "ip link add pv-1 mtu 1279 group 28782 type vxlan"
+                    " id 10000000 local 192.0.2.1 dstport 4789 nolearning ttl 64"
+                ),
+                "ip link set pv-1 master pn-1",
+                "ip link set pv-1 alias ",
+                (
+                    "bridge link set dev pv-1 learning off neigh_suppress on"
+                    " flood on mcast_flood on bcast_flood on isolated on"
+                ),
+                "ip link set pv-1 up",
+            ],
+        ),
+        (
+            replace(VETH, where="blue"),
+            [
+                (
+                    "ip link add pe-1 netns blue mtu 1450 group 28782 type veth"
+                    " peer name pc-1 mtu 1450 group 28782 address 02:42:0a:01:00:02"
+                ),
+                "ip -n blue link set pe-1 addrgenmode none master pn-1",
+                "ip -n blue link set pe-1 alias pynet:h:endpoint",
+                "bridge -n blue link set dev pe-1 hairpin off isolated off",
+                "ip -n blue link set pe-1 up",
+            ],
+        ),
+        (
+            replace(TUNNELLED, where="blue"),
+            [
+                (
+                    "bridge -n blue fdb replace 02:42:0a:01:00:03 dev pv-1"
+                    " dst 2001:db8::2 self permanent"
+                )
+            ],
+        ),
+        (
+            EVERYBODY,
+            [
+                (
+                    "bridge fdb append 00:00:00:00:00:00 dev pv-1"
+                    " dst 192.0.2.2 self permanent"
+                )
+            ],
+        ),
+        (KNOWN, ["bridge fdb replace 02:42:0a:01:00:02 dev pe-1 master static sticky"]),
+        (
+            replace(NEIGHBOUR, where="blue"),
+            [
+                (
+                    "ip -n blue -6 neigh replace fd00::3 lladdr 02:42:0a:01:00:03"
+                    " dev pn-1 nud permanent"
+                )
+            ],
+        ),
+        (ROUTE, ["ip -4 route replace 10.1.0.0/24 dev ph-1 src 10.1.0.9"]),
+        (
+            replace(IN_SET, where="blue", family="bridge"),
+            [
+                (
+                    "ip netns exec blue nft add element bridge pynet own4"
+                    ' { 10.1.0.0/24 . "pn-1" }'
+                )
+            ],
+        ),
+        (
+            replace(TABLE, where="blue"),
+            ["ip netns exec blue nft table inet pynet {}"],
+        ),
+        (
+            Sysctl(where="blue", path="net/x", value="0"),
+            ["ip netns exec blue sysctl -qew net/x=0"],
+        ),
     ],
 )
 def test_commands(op, lines):
@@ -211,9 +384,10 @@ def test_element_text():
 
 
 def test_what_must_be_made_anew():
-    """Only the far end of a pair cannot be changed on the living object."""
+    """A pair's far end and a tunnel's own cannot be changed on the living object."""
     assert {"peer", "mac"} == Veth.REMAKE
-    for kind in (Op, Bridge, Address, Sysctl, Table, Element, Accept, Hold):
+    assert {"vni", "local", "port"} == Vxlan.REMAKE
+    for kind in (Op, Bridge, Interface, Address, Sysctl, Table, Element, Accept, Fdb):
         assert frozenset() == kind.REMAKE
 
 

@@ -11,21 +11,24 @@ from cnmdriver.plan import options
 from cnmdriver.plan.options import Options
 
 KNOWN = (
-    "pynet.bridge, pynet.gateway, pynet.host_binding, pynet.icc, "
-    "pynet.masquerade, pynet.mode, pynet.mtu, pynet.prefix"
+    "pynet.bridge, pynet.flood, pynet.gateway, pynet.host_access, "
+    "pynet.host_binding, pynet.icc, pynet.masquerade, pynet.mode, pynet.mtu, "
+    "pynet.prefix"
 )
 
 
 def test_nothing_said():
-    """Without options containers reach each other and the outside, by their eth0."""
+    """What was not said is None, so that a network that exists can fill it in."""
     assert options.parse({}) == Options(
         mode=None,
         mtu=None,
         bridge="",
-        icc=True,
-        masquerade=True,
+        icc=None,
+        masquerade=None,
         host_binding=None,
-        gateway="pynet",
+        gateway=None,
+        flood=None,
+        host_access=None,
         prefix="eth",
         unknown=(),
     )
@@ -34,7 +37,9 @@ def test_nothing_said():
 def test_everything_said():
     """Each option of ours is read into its field."""
     said = {
-        "pynet.mode": "bridge",
+        "pynet.mode": "overlay",
+        "pynet.flood": "true",
+        "pynet.host_access": "",
         "pynet.mtu": "1400",
         "pynet.bridge": "lab0",
         "pynet.icc": "false",
@@ -44,7 +49,9 @@ def test_everything_said():
         "pynet.prefix": "net",
     }
     assert options.parse(said) == Options(
-        mode="bridge",
+        mode="overlay",
+        flood=True,
+        host_access=True,
         mtu=1400,
         bridge="lab0",
         icc=False,
@@ -251,8 +258,8 @@ def test_bad_host_binding(text):
 @pytest.mark.parametrize(
     ("key", "text", "words"),
     [
-        ("pynet.mode", "overlay", "bridge"),
-        ("pynet.mode", "", "bridge"),
+        ("pynet.mode", "Overlay", "bridge or overlay"),
+        ("pynet.mode", "", "bridge or overlay"),
         ("pynet.gateway", "host", "pynet or docker"),
         ("pynet.gateway", "Docker", "pynet or docker"),
     ],
@@ -281,3 +288,39 @@ def test_choice_of_words():
     with pytest.raises(InvalidParameter) as refused:
         read("k", "blue")
     assert str(refused.value) == "option k=blue: give red or green"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "mode", "other"),
+    [
+        ("flood", "true", "overlay", "bridge"),
+        ("flood", "false", "overlay", "bridge"),
+        ("host_access", "false", "overlay", "bridge"),
+        ("bridge", "br0", "bridge", "overlay"),
+    ],
+)
+def test_options_of_one_mode(name, text, mode, other):
+    """An option that only one mode has is refused elsewhere, whatever it says."""
+    said = options.parse({f"pynet.{name}": text})
+    options.check_mode(said, mode)
+    with pytest.raises(InvalidParameter) as refused:
+        options.check_mode(said, other)
+    assert str(refused.value) == (
+        f"option pynet.{name} is for mode {mode}, and the network's mode is {other}; "
+        f"leave it out or give -o pynet.mode={mode}"
+    )
+    options.check_mode(Options(), other)
+
+
+@pytest.mark.parametrize(
+    ("said", "mode", "gateway"),
+    [
+        (None, "bridge", "pynet"),
+        (None, "overlay", "docker"),
+        ("docker", "bridge", "docker"),
+        ("pynet", "overlay", "pynet"),
+    ],
+)
+def test_gateway(said, mode, gateway):
+    """The gateway is what the user says, else the mode's own."""
+    assert options.gateway_of(Options(gateway=said), mode) == gateway

@@ -1,0 +1,379 @@
+"""
+What the bridges and VXLAN devices of an overlay know: forwarding entries, neighbours.
+
+A network has four of them for each remote endpoint, so they go to the kernel by the
+hundred. The requests are packed by hand: pyroute2 needs a hundred microseconds for one,
+the kernel two. In a send they are done in order, one that fails does not stop the
+others, and only the last needs an answer to be known as done.
+
+Each is first asked for as a new one. What was there already is then replaced: a failed
+plan takes back only what it added. What it replaced stays replaced, until an audit.
+"""
+
+import asyncio
+import errno
+import os
+import socket
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from ipaddress import IPv4Address, IPv6Address
+
+from cnmdriver.dataplane.handler import BOUND, Undo, only, refusal, too_slow
+from cnmdriver.dataplane.inside import Inside
+from cnmdriver.dataplane.links import Links
+from cnmdriver.dataplane.netlink import Netlink
+from cnmdriver.errors import KernelError
+from cnmdriver.model import IPAddress
+from cnmdriver.plan.ops import (
+    FLOOD,
+    HOST,
+    Bridge,
+    Fdb,
+    Neighbour,
+    Op,
+    Plan,
+    Veth,
+    Vxlan,
+    name,
+)
+
+Entry = Fdb | Neighbour
+
+TOGETHER = 128
+"""How many go in one send; in a millisecond at most others get their turn."""
+BUFFER = 1_048_576
+"""Room for the answers if each of them fails."""
+
+SO_RCVBUFFORCE, SOL_NETLINK, BRIEF_ANSWERS = 33, 270, 10
+NEW, DELETE, GET, ERROR, DONE = 28, 29, 30, 2, 3
+REQUEST, ACK, DUMP = 0x1, 0x4, 0x300
+REPLACE, EXCLUSIVE, CREATE, APPEND = 0x100, 0x200, 0x400, 0x800
+AF_BRIDGE = 7
+FAMILIES = {4: int(socket.AF_INET), 6: int(socket.AF_INET6)}
+SELF, MASTER, STICKY = 0x02, 0x04, 0x40
+STATIC, PERMANENT = 0x40, 0x80
+DESTINATION, ADDRESS, VLAN = 1, 2, 5
+
+MESSAGE = struct.Struct("=IHHII")
+"""How each begins: size, type, flags, number, port."""
+BODY = struct.Struct("=BxxxiHBB")
+"""How an entry begins: family, device, state, flags, type."""
+ANSWER = struct.Struct("=IHHIIi")
+ATTRIBUTE = struct.Struct("=HH")
+
+GONE = {errno.ENOENT, errno.ENODEV, errno.EADDRNOTAVAIL, errno.EOPNOTSUPP}
+"""What the kernel says to removing what is not there, or no port of a bridge."""
+
+
+class Entries:
+    """Makes entries hold, many at a time."""
+
+    together = True
+
+    def __init__(
+        self, inside: Inside, netlink: Netlink, links: Links, where: str = HOST
+    ) -> None:
+        self._inside = inside
+        self._netlink = netlink
+        self._links = links
+        self._where = where
+
+    async def apply(self, ops: Plan, undo: Undo) -> None:
+        """Add or replace each entry."""
+        devices = await self._devices(ops)
+        for op in _entries(ops):
+            if op.device not in devices:
+                raise KernelError(
+                    f"adding {name(op)} failed: pynet has no device {op.device}"
+                )
+        added: list[Entry] = []
+        undo.append(partial(self._take_back, added))
+        with await self._socket() as sock:
+            there: list[Entry] = []
+            for some in _portions(ops):
+                requests = [_new(op, devices[op.device]) for op in some]
+                refused = await _send(sock, NEW, requests)
+                added += [op for at, op in enumerate(some) if at not in refused]
+                there += [some[at] for at in sorted(refused)]
+                _raise_first("adding", some, refused, {errno.EEXIST})
+            for some in _portions(there):
+                requests = [_replacement(op, devices[op.device]) for op in some]
+                refused = await _send(sock, NEW, requests)
+                _raise_first("replacing", some, refused, set())
+
+    async def clear(self, ops: Plan) -> None:
+        """Remove each entry that is there."""
+        devices = await self._devices(ops)
+        have = [op for op in _entries(ops) if op.device in devices]
+        failures: list[str] = []
+        with await self._socket() as sock:
+            for some in _portions(have):
+                requests = [_removal(op, devices[op.device]) for op in some]
+                refused = await _send(sock, DELETE, requests)
+                try:
+                    _raise_first("removing", some, refused, GONE)
+                except KernelError as error:
+                    failures.append(str(error))
+        if failures:
+            raise KernelError("; ".join(failures))
+
+    async def found(self, wanted: Plan, devices: Plan) -> Plan:
+        """Return all entries of our devices."""
+        del wanted
+        reading = await self.reading(devices)
+        if reading is None:
+            return ()
+        try:
+            return await reading.all()
+        finally:
+            reading.close()
+
+    async def reading(self, devices: Plan) -> "Reading | None":
+        """Prepare to read all entries, None where there is no overlay."""
+        if not only(devices, Vxlan):
+            return None
+        kinds = (Bridge, Veth, Vxlan)
+        named = [op for op in devices if isinstance(op, kinds)]
+        at = {self._netlink.index(op.name): op for op in named}
+        known = {index: op for index, op in at.items() if index is not None}
+        return Reading(await self._socket(), known, self._where)
+
+    async def _take_back(self, added: Sequence[Entry]) -> None:
+        await self.clear(tuple(added[::-1]))
+
+    async def _devices(self, ops: Plan) -> dict[str, int]:
+        """Return the indexes of those devices that are ours."""
+        names = dict.fromkeys(op.device for op in _entries(ops))
+        links = [await self._links.ours(device) for device in names]
+        return {link.name: link.index for link in links if link is not None}
+
+    async def _socket(self) -> socket.socket:
+        try:
+            return await self._inside.call(_opened)
+        except OSError as error:
+            raise refusal("opening a netlink socket", error.errno or 0) from error
+
+
+class Reading:
+    """
+    A look at all entries, which takes a while and needs nothing but its own socket.
+
+    The namespace can go meanwhile.
+    """
+
+    def __init__(
+        self, sock: socket.socket, devices: Mapping[int, Op], where: str
+    ) -> None:
+        """Take the devices whose entries count, by index."""
+        self._socket = sock
+        self._devices = devices
+        self._where = where
+
+    def close(self) -> None:
+        """Close the socket; a second time does nothing."""
+        self._socket.close()
+
+    async def all(self) -> Plan:
+        """Read forwarding entries, then neighbours."""
+        ports = {
+            index: op.name
+            for index, op in self._devices.items()
+            if isinstance(op, Veth | Vxlan)
+        }
+        bridges = {
+            index: op.name
+            for index, op in self._devices.items()
+            if isinstance(op, Bridge)
+        }
+        found: list[Op] = []
+        await self._dump(AF_BRIDGE, ports, self._forwarding, found)
+        for family in FAMILIES.values():
+            await self._dump(family, bridges, self._neighbour, found)
+        return tuple(found)
+
+    async def _dump(
+        self,
+        family: int,
+        names: Mapping[int, str],
+        read: "Callable[[str, int, int, bytes], Op | None]",
+        found: list[Op],
+    ) -> None:
+        body = BODY.pack(family, 0, 0, 0, 0)
+        self._socket.send(_message(GET, REQUEST | DUMP, 0, body))
+        more = True
+        while more:
+            data = _received(self._socket, "reading the entries")
+            for count, (kind, at, end) in enumerate(_messages(data)):
+                if kind in {ERROR, DONE}:
+                    _fail("reading the entries", data, at)
+                    more = False
+                    break
+                start = at + MESSAGE.size
+                _, index, state, flags, _ = BODY.unpack_from(data, start)
+                device = names.get(index)
+                if device is not None:
+                    op = read(device, state, flags, data[start + BODY.size : end])
+                    if op is not None:
+                        found.append(op)
+                if count % TOGETHER == TOGETHER - 1:
+                    await asyncio.sleep(0)
+            await asyncio.sleep(0)
+
+    def _forwarding(
+        self, device: str, state: int, flags: int, body: bytes
+    ) -> Fdb | None:
+        have = dict(_attributes(body))
+        mac, to = have.get(ADDRESS), have.get(DESTINATION)
+        if mac is None or VLAN in have:
+            return None
+        if flags & SELF:
+            if to is None:
+                return None
+            dst = _address(to)
+        elif state == STATIC and flags & STICKY:
+            dst = None
+        else:
+            return None
+        return Fdb(where=self._where, device=device, mac=mac.hex(":"), dst=dst)
+
+    def _neighbour(
+        self, device: str, state: int, flags: int, body: bytes
+    ) -> Neighbour | None:
+        del flags
+        have = dict(_attributes(body))
+        mac, address = have.get(ADDRESS), have.get(DESTINATION)
+        if state != PERMANENT or mac is None or address is None:
+            return None
+        return Neighbour(
+            where=self._where,
+            device=device,
+            address=_address(address),
+            mac=mac.hex(":"),
+        )
+
+
+def _opened() -> socket.socket:
+    sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)
+    # More than the host's own limit, which root may exceed.
+    sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, BUFFER)
+    sock.setsockopt(SOL_NETLINK, BRIEF_ANSWERS, 1)
+    sock.settimeout(BOUND)
+    return sock
+
+
+def _entries(ops: Sequence[Op]) -> Iterator[Entry]:
+    return (op for op in ops if isinstance(op, Entry))
+
+
+def _portions(ops: Sequence[Op]) -> Iterator[list[Entry]]:
+    entries = list(_entries(ops))
+    for at in range(0, len(entries), TOGETHER):
+        yield entries[at : at + TOGETHER]
+
+
+def _new(op: Entry, index: int) -> tuple[int, bytes]:
+    return CREATE | EXCLUSIVE, _body(op, index)
+
+
+def _replacement(op: Entry, index: int) -> tuple[int, bytes]:
+    many = isinstance(op, Fdb) and op.mac == FLOOD
+    return CREATE | (APPEND if many else REPLACE), _body(op, index)
+
+
+def _removal(op: Entry, index: int) -> tuple[int, bytes]:
+    return 0, _body(op, index)
+
+
+def _body(op: Entry, index: int) -> bytes:
+    """Pack what says which entry: the same for a new one and for a removal."""
+    mac = bytes.fromhex(op.mac.replace(":", ""))
+    if isinstance(op, Neighbour):
+        family = FAMILIES[op.address.version]
+        head = BODY.pack(family, index, PERMANENT, 0, 0)
+        return head + _attribute(DESTINATION, op.address.packed) + _lladdr(mac)
+    if op.dst is None:
+        return BODY.pack(AF_BRIDGE, index, STATIC, MASTER | STICKY, 0) + _lladdr(mac)
+    head = BODY.pack(AF_BRIDGE, index, PERMANENT, SELF, 0)
+    return head + _lladdr(mac) + _attribute(DESTINATION, op.dst.packed)
+
+
+def _lladdr(mac: bytes) -> bytes:
+    return b"\x0a\x00\x02\x00" + mac + b"\x00\x00"
+
+
+def _attribute(kind: int, data: bytes) -> bytes:
+    return ATTRIBUTE.pack(4 + len(data), kind) + data
+
+
+async def _send(
+    sock: socket.socket, kind: int, requests: Sequence[tuple[int, bytes]]
+) -> dict[int, int]:
+    """Send requests, and return the errno of each that failed, by its number."""
+    last = len(requests) - 1
+    sock.send(
+        b"".join(
+            _message(kind, flags | REQUEST | (ACK if at == last else 0), at, body)
+            for at, (flags, body) in enumerate(requests)
+        )
+    )
+    refused: dict[int, int] = {}
+    done = False
+    while not done:
+        data = _received(sock, "changing entries")
+        for _, at, _ in _messages(data):
+            *_, number, _, code = ANSWER.unpack_from(data, at)
+            if code:
+                refused[number] = -code
+            done = done or number == last
+    await asyncio.sleep(0)
+    return refused
+
+
+def _message(kind: int, flags: int, number: int, body: bytes) -> bytes:
+    return MESSAGE.pack(MESSAGE.size + len(body), kind, flags, number, 0) + body
+
+
+def _received(sock: socket.socket, what: str) -> bytes:
+    try:
+        return sock.recv(65_536)
+    except TimeoutError as error:
+        raise too_slow(what) from error
+    except OSError as error:
+        raise refusal(what, error.errno or errno.EIO) from error
+
+
+def _messages(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """Yield type, place and end of each message that came at once."""
+    at = 0
+    while at + 16 <= len(data):
+        size, kind = struct.unpack_from("=IH", data, at)
+        yield kind, at, at + size
+        at += (size + 3) & ~3
+
+
+def _attributes(body: bytes) -> Iterator[tuple[int, bytes]]:
+    at = 0
+    while at + 4 <= len(body):
+        size, kind = ATTRIBUTE.unpack_from(body, at)
+        yield kind & 0x3FFF, body[at + 4 : at + size]
+        at += max(4, (size + 3) & ~3)
+
+
+def _address(packed: bytes) -> IPAddress:
+    return IPv4Address(packed) if len(packed) == 4 else IPv6Address(packed)
+
+
+def _fail(what: str, data: bytes, at: int) -> None:
+    code = -ANSWER.unpack_from(data, at)[5]
+    if code:
+        raise refusal(what, code)
+
+
+def _raise_first(
+    verb: str, ops: Sequence[Entry], refused: Mapping[int, int], spare: set[int]
+) -> None:
+    """Raise the first error that is none of those to be expected."""
+    for at, code in sorted(refused.items()):
+        if code not in spare:
+            raise refusal(f"{verb} {name(ops[at])}", code, os.strerror(code))

@@ -1,0 +1,132 @@
+"""
+Hosts: who this host is to the others, and whether it can be.
+
+Two hosts of one name, two with one tunnel address, and tunnels of two kinds in one
+cluster cannot work; the second is refused, with the remedy. What a dead host has
+published stands in nobody's way.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import structlog
+
+from cnmdriver.driver.site import Dataplane, Site
+from cnmdriver.errors import Conflict, DriverError
+from cnmdriver.model import Alive, Host, IPAddress, Underlay, Watermark
+from cnmdriver.store import records
+from cnmdriver.store.view import Draft, View
+
+EVERY = 2.0
+"""Seconds between two looks at the host's own address."""
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """What the user said of the tunnels, and where the store is."""
+
+    vtep: str = ""
+    towards: tuple[IPAddress, ...] = ()
+
+
+class Hosts:
+    """Publishes this host, and keeps what it publishes true."""
+
+    def __init__(self, site: Site, wish: Wish) -> None:
+        """Take the site, and what is wished of the tunnels."""
+        self.site = site
+        self.wish = wish
+        self.moved: Callable[[], None] = lambda: None
+        """Called when the tunnels have another address: devices must be made anew."""
+
+    async def publish(self) -> bool:
+        """
+        Find this host's tunnel address and tell the others; tell if it is new.
+
+        Raises Conflict if another live host stands in the way, InvalidParameter if
+        there is no such address here.
+        """
+        found = await find(self.site.dataplane, self.wish)
+        host = placed(self.site.host, found)
+        known = self.site.view.get(Host, records.host(host.id))
+
+        def decide(draft: Draft) -> None:
+            for other in living(self.site.view, but=host.id):
+                refuse(host, other)
+            draft.put(records.host(host.id), host)
+
+        await self.site.state.commit(decide)
+        self.site.host = host
+        return known != host
+
+    async def run(self) -> None:
+        """Publish the address anew whenever it changes, until cancelled."""
+        while True:
+            await asyncio.sleep(EVERY)
+            try:
+                found = await find(self.site.dataplane, self.wish)
+                if placed(self.site.host, found) != self.site.host:
+                    log.info("host.moved", address=str(found.address))
+                    await self.publish()
+                    self.moved()
+            except DriverError as error:
+                log.warning("host.not_published", error=str(error))
+
+
+async def find(dataplane: Dataplane, wish: Wish) -> Underlay:
+    """Find the address of this host's tunnels."""
+    return await dataplane.underlay(wish.vtep, wish.towards)
+
+
+def placed(host: Host, found: Underlay) -> Host:
+    """Return a host with the tunnel address that was found."""
+    return replace(host, vtep=found.address, mtu=found.mtu)
+
+
+def living(view: View, *, but: str) -> Iterator[Host]:
+    """Yield the other hosts that are alive."""
+    for host in view.all(Host, "hosts/"):
+        if host.id != but and view.get(Alive, records.alive(host.id)) is not None:
+            yield host
+
+
+def refuse(host: Host, other: Host) -> None:
+    """Raise Conflict if two hosts cannot be in one cluster."""
+    if host.name == other.name:
+        raise Conflict(
+            f"another host of this cluster is called {host.name!r} (id {other.id}); "
+            "give this one another name with --host-name"
+        )
+    if host.vtep is None or other.vtep is None:
+        return
+    if host.vtep == other.vtep:
+        raise Conflict(
+            f"host {other.name} has the tunnel address {host.vtep} too; name an "
+            "address of this host that the others reach with --vtep (VirtualBox gives "
+            "each machine 10.0.2.15 on its first device)"
+        )
+    if host.vtep.version != other.vtep.version:
+        raise Conflict(
+            f"the tunnel address {host.vtep} is IPv{host.vtep.version}, and host "
+            f"{other.name} has {other.vtep}; name an IPv{other.vtep.version} address "
+            "with --vtep"
+        )
+    if host.vxlan_port != other.vxlan_port:
+        raise Conflict(
+            f"host {other.name} has its tunnels on UDP port {other.vxlan_port}, not "
+            f"{host.vxlan_port}; use --vxlan-port {other.vxlan_port} on all hosts"
+        )
+
+
+def watermarks(listed: View) -> dict[str, int]:
+    """Return how far each host's kernel is, by host."""
+    found = {}
+    for group in listed.matching(records.WATERMARKS):
+        for key in group:
+            mark = listed.get(Watermark, key)
+            if mark is not None:
+                found[key.removeprefix(records.WATERMARKS)] = mark.revision
+    return found
