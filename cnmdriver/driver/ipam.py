@@ -72,6 +72,12 @@ class Endpoints(Protocol):
     async def reap(self, endpoint: Endpoint) -> None:
         """Remove an endpoint if its sandbox is gone."""
 
+    def is_leaving(self, network: str, ip: IPAddress) -> bool:
+        """Tell whether an address's endpoint is deleted and its release to come."""
+
+    def released(self, network: str, ip: IPAddress) -> None:
+        """Hear of the release."""
+
 
 class IpamDriver:
     """Gives out pools and addresses."""
@@ -367,6 +373,9 @@ class IpamDriver:
             draft.put(key, wish)
         elif not same_wish(held, wish, pool):
             raise self.taken(wish, self.who(draft, held))
+        elif self.endpoints.is_leaving(pool.network, wish.ip):
+            # The release that is under way would free it again.
+            raise self.taken(wish, "a container that Docker is removing")
 
     def taken(self, wish: Reservation, owner: str) -> Conflict:
         """Make the refusal of an address that has an owner."""
@@ -391,13 +400,22 @@ class IpamDriver:
         """Give an address back; another host's or a free one is left as it is."""
         identity = pools.parse_id(pool_id)
         key = records.address(identity.space, identity.pool, address)
+        pool = self.site.view.get(Pool, records.pool(identity.space, identity.pool))
         held = self.site.view.get(Reservation, key)
+        try:
+            await self.free(key, held)
+        finally:
+            if pool is not None:
+                self.endpoints.released(pool.network, address)
+
+    async def free(self, key: str, held: Reservation | None) -> None:
+        """Delete a reservation of this host, unless it is the pool's for good."""
         if held is None or held.host != self.site.host.id:
             return
         holder = self.holder(held)
         if holder and not await self.endpoints.remove_unreached(holder):
             # Released late: the address has gone to another container since.
-            log.warning("ipam.still_in_use", address=str(address))
+            log.warning("ipam.still_in_use", address=str(held.ip))
             return
 
         def decide(draft: Draft) -> None:

@@ -35,6 +35,7 @@ from cnmdriver.errors import (
 from cnmdriver.model import (
     Attachment,
     Endpoint,
+    IPAddress,
     IPInterface,
     Member,
     Network,
@@ -201,6 +202,14 @@ class NetworkDriver:
             await self.erase(endpoint)
             return True
 
+    def released(self, network: str, ip: IPAddress) -> None:
+        """Hear that Docker has released an address."""
+        self.sandboxes.released(network, ip)
+
+    def is_leaving(self, network: str, ip: IPAddress) -> bool:
+        """Tell whether Docker has deleted an address's endpoint and not released it."""
+        return self.sandboxes.is_leaving(network, ip)
+
     async def reap(self, endpoint: Endpoint) -> None:
         """Remove an endpoint whose sandbox is gone; leave any other as it is."""
         async with self.locked(self.docker_id(endpoint)):
@@ -319,6 +328,7 @@ class NetworkDriver:
         async with self.locked(docker_id):
             endpoint = self.find(docker_id, endpoint_id)
             if endpoint is not None:
+                self.sandboxes.deleted(endpoint)
                 await self.erase(endpoint)
 
     async def remove(self, endpoint: Endpoint) -> None:

@@ -8,6 +8,8 @@ news came. A host that has nothing on a network carries none of its entries.
 """
 
 import asyncio
+import contextlib
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -19,7 +21,6 @@ from cnmdriver.errors import DriverError
 from cnmdriver.model import Endpoint, IPAddress, Member, Watermark
 from cnmdriver.plan.ops import Key, Op, Plan
 from cnmdriver.store import records
-from cnmdriver.store.view import Draft
 
 PACE = 1.0
 """Seconds between two watermarks at the least."""
@@ -54,37 +55,27 @@ class Remotes:
 
     async def run(self) -> None:
         """Update at once whenever woken, until cancelled; tell the others how far."""
-        told = 0
+        told, latest = 0, -math.inf
         while True:
-            await self.news.wait()
+            due = latest + PACE - time.monotonic()
+            if self.worked > told and due <= 0:
+                told, latest = self.worked, time.monotonic()
+                await self.tell()
+                continue
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(due if self.worked > told else None):
+                    await self.news.wait()
             self.news.clear()
             await self.update()
-            if self.worked > told:
-                told = self.worked
-                await self.tell()
 
     async def tell(self) -> None:
-        """Write how far this host's kernel is, at most once in a while."""
+        """Write how far this host's kernel is."""
         mark = Watermark(revision=self.worked)
         key = records.watermark(self.site.host.id)
-        begin = time.monotonic()
-
-        def decide(draft: Draft) -> None:
-            draft.put(key, mark)
-
         try:
-            await self.site.state.commit(decide)
+            await self.site.state.commit(lambda draft: draft.put(key, mark))
         except DriverError as error:
             log.debug("remotes.not_told", error=str(error))
-        # News does not wait for this pause: an update asked for by a call runs at once.
-        while time.monotonic() - begin < PACE:
-            try:
-                async with asyncio.timeout(PACE - (time.monotonic() - begin)):
-                    await self.news.wait()
-            except TimeoutError:
-                return
-            self.news.clear()
-            await self.update()
 
     async def update(self) -> None:
         """Bring the kernel up to what the view says by now; failures are logged."""
@@ -173,6 +164,8 @@ class Remotes:
                 del self.plans[key]
         if touched:
             self.worked = self.site.view.revision
+            # A call may have asked for this; the others are told by the loop.
+            self.news.set()
         for op in gone:
             self.held.pop(op.key, None)
             del self.holders[op.key]

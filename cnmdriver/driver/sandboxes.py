@@ -1,5 +1,5 @@
 """
-Sandboxes: which endpoints can still have one.
+Sandboxes: which endpoints can still have one, and whose addresses are on their way out.
 
 When Docker dies it forgets endpoints without a call, and its next life may give their
 addresses to others. Such an endpoint is told by its sandbox: it is gone, and no device
@@ -10,10 +10,12 @@ import math
 import time
 
 from cnmdriver.driver.site import Site
-from cnmdriver.model import Endpoint
+from cnmdriver.model import Endpoint, IPAddress
 from cnmdriver.plan import devices
 from cnmdriver.plan.ops import Veth
 
+LEAVING = 10.0
+"""Seconds in which Docker releases an endpoint's addresses once it is deleted."""
 STARTING = 15.0
 """Seconds after a Join in which a sandbox need not be seen: Docker makes it later."""
 
@@ -25,6 +27,23 @@ class Sandboxes:
         """Know of none."""
         self.site = site
         self.times: dict[str, float] = {}
+        self.leaving: dict[tuple[str, IPAddress], float] = {}
+
+    def deleted(self, endpoint: Endpoint) -> None:
+        """Note that Docker has deleted an endpoint, and will release its addresses."""
+        now = time.monotonic()
+        self.leaving = {k: t for k, t in self.leaving.items() if now - t < LEAVING}
+        for address in endpoint.addresses:
+            self.leaving[endpoint.network, address.ip] = now
+
+    def released(self, network: str, ip: IPAddress) -> None:
+        """Note that Docker has released an address."""
+        self.leaving.pop((network, ip), None)
+
+    def is_leaving(self, network: str, ip: IPAddress) -> bool:
+        """Tell whether Docker has yet to release an address of a deleted endpoint."""
+        since = self.leaving.get((network, ip), -math.inf)
+        return time.monotonic() - since < LEAVING
 
     def joined(self, endpoint: Endpoint) -> None:
         """Note that an endpoint joins now."""

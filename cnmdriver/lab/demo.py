@@ -1,5 +1,5 @@
 """
-The story of a container network, told on one host of a lab (`make demo`).
+The story of a container network, told on two hosts of a lab (`make demo`).
 
 Every command is printed with its result, and has beside it what must come out. The
 first one that does otherwise ends the story, and the exit code is 1.
@@ -10,7 +10,9 @@ import shlex
 import signal
 import sys
 import tempfile
+import textwrap
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -22,20 +24,24 @@ from cnmdriver.lab.lab import Lab
 from cnmdriver.lab.process import Completed, LabError
 
 READY_TIMEOUT = 5.0
-TEXT_WIDTH = 78
-LINE_WIDTH = 100
+WIDTH = 80
+WORD = re.compile(r"(?:'[^']*'|[^\s'])+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Command:
-    """A command on the host, what must come of it, and how much of it to print."""
+    """
+    A command, and what must come of it.
 
+    `host` is where it is typed; the line may be a pipeline. Without a host it is one of
+    the lab's own: `pynet lab stop|start HOST DAEMON`.
+    """
+
+    host: str
     line: str
     expect: str
     fails: bool = False
     waits: bool = False
-    head: int = 12
-    tail: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,122 +53,246 @@ class Step:
     commands: tuple[Command, ...]
 
 
-def does(line: str, expect: str, *, head: int = 12, tail: int = 0) -> Command:
+def does(host: str, line: str, expect: str) -> Command:
     """Return a command that succeeds and prints what `expect` matches."""
-    return Command(line=line, expect=expect, head=head, tail=tail)
+    return Command(host=host, line=line, expect=expect)
 
 
-def soon(line: str, expect: str) -> Command:
+def soon(host: str, line: str, expect: str) -> Command:
     """Return a command that is tried until it does so: a server may still start."""
-    return Command(line=line, expect=expect, waits=True)
+    return Command(host=host, line=line, expect=expect, waits=True)
 
 
-def fails(line: str, expect: str) -> Command:
+def fails(host: str, line: str, expect: str) -> Command:
     """Return a command that must fail, with a reason that `expect` matches."""
-    return Command(line=line, expect=expect, fails=True)
+    return Command(host=host, line=line, expect=expect, fails=True)
 
 
 ID = r"^[0-9a-f]{64}$"
+ANSWERED = r"^64 bytes from .* seq=0 "
 OUTSIDE = "192.0.2.1"
-WEB = "mkdir /www; echo hello from web >/www/index.html; httpd -f -p 8080 -h /www"
+H1, H2 = "192.0.2.11", "192.0.2.12"
+SLEEP = "busybox sleep 600"
+PLAIN = "docker network create --subnet 10.9.0.0/24 plain"
+BLUE = (
+    "docker network create -d pynet --ipam-driver pynet "
+    "--subnet 10.1.0.0/24 --ipv6 --subnet fd01::/64 blue"
+)
+TUNNEL = "ip -n pynet -d link show type vxlan | grep -o 'vxlan id.*learning'"
+WHERE_WEB_IS = "bridge -n pynet fdb | grep 02:42:0a:01:00:02"
+
+
+def server(name: str, options: str) -> str:
+    """Return the line that starts a web server on port 8080 of a container."""
+    script = f"echo hello from {name} >index.html; httpd -f -p 8080"
+    return f"docker run -d --name {name} {options} busybox sh -c '{script}'"
+
 
 STORY = (
     Step(
-        title="Two containers on one network",
-        text="A network is a bridge, a switch in the kernel, and each container is "
-        "plugged into it. They reach each other by address, and by name: Docker "
-        "answers for the names.",
+        title="What one host gives",
+        text="A network of mode bridge is a bridge on this host, a switch in the "
+        "kernel, and each container is plugged into it. Containers reach each other "
+        "by name, and the host is their router to the outside.",
         commands=(
-            does("docker network create -d pynet --subnet 10.1.0.0/24 blue", ID),
-            does("docker run -d --name alice --network blue busybox sleep 600", ID),
-            does("docker run -d --name bob --network blue busybox sleep 600", ID),
-            does("docker exec alice ip -4 addr show eth0", "inet 10.1.0.2/24"),
-            does("docker exec alice ping -c 1 10.1.0.3", "1 packets received"),
-            does("docker exec bob ping -c 1 alice", r"PING alice \(10\.1\.0\.2\)"),
-        ),
-    ),
-    Step(
-        title="The way out",
-        text="The host is the network's router: 10.1.0.1 is an address of its own. "
-        f"Outside, {OUTSIDE} sees the host's address, not the container's.",
-        commands=(
-            does("docker exec alice ip route", "default via 10.1.0.1 dev eth0"),
-            does(f"docker exec alice ping -c 1 {OUTSIDE}", "1 packets received"),
+            does(
+                "h1",
+                "docker network create -d pynet -o pynet.mode=bridge "
+                "--subnet 10.2.0.0/24 local",
+                ID,
+            ),
+            does("h1", server("alice", "--network local -p 8000:8080"), ID),
+            does("h1", f"docker run -d --name bob --network local {SLEEP}", ID),
+            does(
+                "h1",
+                "docker exec bob ping -c 1 alice | head -n 2",
+                r"PING alice \(10\.2\.0\.2\)(?s:.*)seq=0",
+            ),
+            does("h1", f"docker exec bob ping -c 1 {OUTSIDE} | grep seq", ANSWERED),
         ),
     ),
     Step(
         title="A published port",
-        text="A web server listens on port 8080 of its container, and `-p 80:8080` "
-        "gives it port 80 of the host.",
+        text="`-p 8000:8080` gave alice's web server port 8000 of h1. It is one "
+        "element of a map of the firewall; it translates, and opens nothing else.",
+        commands=(
+            soon("h2", f"busybox wget -qO- http://{H1}:8000/", "hello from alice"),
+            fails("h2", f"busybox wget -qO- http://{H1}:8080/", "refused"),
+            does(
+                "h1",
+                "nft list map inet pynet any4 | grep tcp",
+                r"tcp \. 8000 : 10\.2\.0\.2 \. 8080",
+            ),
+        ),
+    ),
+    Step(
+        title="What one host cannot give",
+        text="A bridge ends at its host. So one pool on two hosts is two networks, "
+        "here with Docker's own driver: a container asks for its neighbour's MAC, "
+        "and nobody on its bridge answers.",
+        commands=(
+            does("h1", PLAIN, ID),
+            does("h2", PLAIN, ID),
+            does("h1", f"docker run -d --network plain --ip 10.9.0.2 {SLEEP}", ID),
+            fails(
+                "h2",
+                "docker run --rm --network plain --ip 10.9.0.3 busybox "
+                "ping -c 1 -W 1 10.9.0.2 | grep loss",
+                "100% packet loss",
+            ),
+        ),
+    ),
+    Step(
+        title="One network on two hosts",
+        text="The same line on both. Docker gives the network another id on each host "
+        "and tells no driver its name, so the pool makes it one network. The "
+        "addresses are pynet's, because all hosts have to draw from one store.",
+        commands=(
+            does("h1", BLUE, ID),
+            does("h2", BLUE, ID),
+            does("h1", server("web", "--network blue -p 80:8080"), ID),
+            does("h2", f"docker run -d --name client --network blue {SLEEP}", ID),
+            does("h1", "docker network connect blue alice", "^$"),
+            does(
+                "h2",
+                "pynet ipam ls | grep -E 'STATE|10.1.*bound'",
+                r"10\.1\.0\.3 .* client(?s:.*)10\.1\.0\.4 ",
+            ),
+        ),
+    ),
+    Step(
+        title="The first packet arrives",
+        text="client on h2 reaches web on h1 at once, by IPv4 and by IPv6: h2 was told "
+        "where web is when it was created. Docker resolves names within a host; "
+        "across hosts containers use addresses.",
+        commands=(
+            does("h2", "docker exec client ping -c 1 10.1.0.2 | grep seq", ANSWERED),
+            does("h2", "docker exec client ping -c 1 fd01::2 | grep seq", ANSWERED),
+            soon("h2", "docker exec client wget -qO- http://10.1.0.2:8080/", "web"),
+        ),
+    ),
+    Step(
+        title="The way out, and ports that `docker ps` shows",
+        text="The default route and `-p` of an overlay network are Docker's own: they "
+        "use docker_gwbridge, by a second device of the container.",
+        commands=(
+            does("h2", "docker exec client ip route", r"default via .* dev eth1"),
+            does(
+                "h1",
+                r"docker ps -f name=web --format 'table {{.Names}}\t{{.Ports}}'",
+                r"web +0\.0\.0\.0:80->8080/tcp",
+            ),
+            does("h2", f"busybox wget -qO- http://{H1}:80/", "hello from web"),
+        ),
+    ),
+    Step(
+        title="The tunnel",
+        text="The devices are in a namespace of pynet's own, out of reach of the host's "
+        "firewall. A network has a bridge (pn-), a port for each container (pe-) and "
+        "a VXLAN device (pv-), whose id, the VNI, is the same on both hosts.",
         commands=(
             does(
-                "docker run -d --name web --network blue -p 80:8080 busybox "
-                f"sh -c {shlex.quote(WEB)}",
-                ID,
+                "h1",
+                "ip -n pynet -br link show group 28782 | cut -d '<' -f 1",
+                "^pn-(?s:.*)^pv-(?s:.*)^pe-",
             ),
-            soon("busybox wget -qO- http://192.0.2.11:80/", "hello from web"),
-            does("docker exec alice wget -qO- http://web:8080/", "hello from web"),
-            does("pynet port ls", r"80/tcp +10\.1\.0\.4:8080 +web"),
+            does("h1", TUNNEL, rf"vxlan id \d+ local {H1}"),
+            does("h2", TUNNEL, rf"vxlan id \d+ local {H2}"),
         ),
     ),
     Step(
-        title="... and not the other way round",
-        text="The container has no port 80, and the host no port 8080: publishing "
-        "translates, it does not open anything else.",
-        commands=(
-            fails("docker exec alice wget -qO- http://web:80/", "refused"),
-            fails("busybox wget -qO- http://192.0.2.11:8080/", "refused"),
-        ),
-    ),
-    Step(
-        title="Two networks that cannot reach each other",
-        text="carol is on another network: what she sends to alice is dropped on the "
-        "host. A container that is on both networks reaches both, and no third one "
-        "reaches anything through it.",
-        commands=(
-            does("docker network create -d pynet --subnet 10.2.0.0/24 green", ID),
-            does("docker run -d --name carol --network green busybox sleep 600", ID),
-            fails("docker exec carol ping -c 1 -W 1 10.1.0.2", "100% packet loss"),
-            does("docker network connect green alice", "^$"),
-            does("docker exec carol ping -c 1 alice", r"PING alice \(10\.2\.0\.3\)"),
-            fails("docker exec carol ping -c 1 -W 1 10.1.0.2", "100% packet loss"),
-        ),
-    ),
-    Step(
-        title="A network without a way out",
-        text="Containers of an internal network have no default route: they reach "
-        "each other and nobody else.",
+        title="Who is where",
+        text="Nothing is learnt and nothing is flooded. Each host has the MAC of every "
+        "container in its forwarding table, with the host it is on (dst), and its "
+        "address in the neighbour table, from which the bridge answers.",
         commands=(
             does(
-                "docker network create -d pynet --internal --subnet 10.3.0.0/24 vault",
-                ID,
+                "h1",
+                "bridge -n pynet fdb | grep 02:42:",
+                rf"02:42:0a:01:00:03 dev pv-.* dst {H2} ",
             ),
-            does("docker run -d --name dave --network vault busybox sleep 600", ID),
-            does("docker run -d --name erin --network vault busybox sleep 600", ID),
-            does("docker exec dave ping -c 1 erin", "1 packets received"),
-            fails(f"docker exec dave ping -c 1 -W 1 {OUTSIDE}", "unreachable"),
-            fails("docker exec dave ping -c 1 -W 1 10.1.0.2", "unreachable"),
+            does("h1", "ip -n pynet neigh", r"^10\.1\.0\.3 dev pn-.* PERMANENT"),
+            does(
+                "h2",
+                "bridge -n pynet fdb | grep dst",
+                rf"02:42:0a:01:00:02 dev pv-.* dst {H1} ",
+            ),
+            does("h2", "ip -n pynet neigh", r"^fd01::2 dev pn-.* PERMANENT"),
         ),
     ),
     Step(
-        title="What one sees of it on the host",
-        text="pn-... is a network's bridge, pe-... the host's end of a container's "
-        "cable. The firewall knows each network, and each published port, as an "
-        "element of a set or map.",
+        title="What the hosts agree on",
+        text="etcd holds hosts, networks, addresses and endpoints, as JSON. An address "
+        "is a key that can be made only once; so no two hosts give out the same.",
         commands=(
-            does("ip -br link", "pn-(?s:.*)pe-", head=20),
-            does("bridge link", "pe-.* master pn-.* state forwarding", head=20),
-            does("nft list table inet pynet", "hook postrouting", head=14),
-            does("nft list map inet pynet any4", r"tcp \. 80 : 10\.1\.0\.4 \. 8080"),
+            does(
+                "h1",
+                "etcdctl get --prefix /pynet/v1/networks/ | grep overlay",
+                '"pool":"10.1.0.0/24".*"vni":',
+            ),
+            does(
+                "h2",
+                "etcdctl get --prefix --keys-only /pynet/v1/addresses/ | grep 10.1.",
+                r"10\.1\.0\.2(?s:.*)10\.1\.0\.3",
+            ),
+            does(
+                "h2",
+                "pynet host ls | cut -c 1-11,26-",
+                r"^h1 .* alive (?s:.*)^h2 .* alive ",
+            ),
+        ),
+    ),
+    Step(
+        title="A container moves, with its address",
+        text="web ends on h1 and starts on h2 with the address it had. Nothing old is "
+        "left on h1: the MAC is now behind h2, and alice on h1 reaches it there.",
+        commands=(
+            does("h1", WHERE_WEB_IS, r"\A.* dev pe-.*\Z"),
+            does("h1", "docker rm -f web", "^web$"),
+            does("h2", server("web", "--network blue --ip 10.1.0.2 -p 80:8080"), ID),
+            does("h1", WHERE_WEB_IS, rf"\A.* dev pv-.*\n.* dev pv-.* dst {H2} .*\Z"),
+            does("h2", WHERE_WEB_IS, r"\A.* dev pe-.*\Z"),
+            does("h1", "docker exec alice ping -c 1 10.1.0.2 | grep seq", ANSWERED),
+        ),
+    ),
+    Step(
+        title="Traffic does not need the daemon",
+        text="alice on h1 pings web on h2 ten times a second. Meanwhile pynet ends on "
+        "both hosts (by the lab, which is here what systemd is elsewhere). No packet "
+        "is lost, and a new connection works.",
+        commands=(
+            does(
+                "h1",
+                "docker exec -d alice sh -c 'ping -i 0.1 -c 30 10.1.0.2 >/tmp/ping'",
+                "^$",
+            ),
+            does("", "pynet lab stop h1 pynet", "^$"),
+            does("", "pynet lab stop h2 pynet", "^$"),
+            fails("h1", "pynet status", "pynet is not running"),
+            does("h1", "docker exec alice wget -qO- http://10.1.0.2:8080/", "web"),
+            does("", "pynet lab start h1 pynet", "^$"),
+            does("", "pynet lab start h2 pynet", "^$"),
+            soon("h1", "docker exec alice grep loss /tmp/ping", "^30 .* 30 .* 0% "),
         ),
     ),
     Step(
         title="The same by hand",
-        text="All that pynet did for blue, as commands one could type; the ruleset "
-        "comes first and is shortened here.",
+        text="`pynet explain` prints all that pynet did as commands one could type; "
+        "here its headings, and what it says of the tunnel. `pynet diff` finds "
+        "nothing in the kernel that is otherwise.",
         commands=(
-            does("pynet explain blue", "ip link add pn-", head=8, tail=75),
-            does("pynet diff", "^$"),
+            does(
+                "h1",
+                "pynet explain blue | grep -E '^# |pv-'",
+                rf" type vxlan .* local {H1} (?s:.*) dst {H2} ",
+            ),
+            does(
+                "h2",
+                "pynet explain blue | grep -E 'type vxlan|dst'",
+                rf" type vxlan .* local {H2} (?s:.*) dst {H1} ",
+            ),
+            does("h1", "pynet diff", "^$"),
+            does("h2", "pynet diff", "^$"),
         ),
     ),
 )
@@ -182,46 +312,96 @@ def main() -> int:
 
 
 def play(directory: Path, story: tuple[Step, ...] = STORY) -> int:
-    """Start one host, play all steps there, and return the exit code."""
-    click.echo("This is host h1, with a dockerd and a pynet of its own. It lives in")
-    click.echo("namespaces that end with the demo; the machine itself is not touched.")
-    with Lab.create(directory, hosts=1) as lab:
-        host = lab.hosts[0]
+    """Start two hosts and etcd, play all steps there, and return the exit code."""
+    click.echo(
+        f"Two hosts, h1 ({H1}) and h2 ({H2}), each with a dockerd and a\n"
+        "pynet of its own, and an etcd. They live in namespaces that end with the\n"
+        "demo; the machine itself is not touched."
+    )
+    with Lab.create(directory, hosts=2, etcd=1) as lab:
         for number, step in enumerate(story, 1):
             click.secho(f"\n{number}. {step.title}", bold=True)
-            click.echo(f"{click.wrap_text(step.text, TEXT_WIDTH)}\n")
+            click.echo(f"{textwrap.fill(step.text, WIDTH - 2)}\n")
             for command in step.commands:
-                problem = perform(host, command)
+                problem = perform(lab, command)
                 if problem:
                     click.secho(f"\nStep {number} failed: {problem}", fg="red")
-                    click.echo(f"The end of pynet's log:\n{host.log_tail('pynet')}")
+                    for host in lab.hosts:
+                        log = host.log_tail("pynet")
+                        click.echo(f"The end of pynet's log on {host.name}:\n{log}")
                     return 1
     click.secho("\nAll steps did what they say.", bold=True)
     return 0
 
 
-def perform(host: Host, command: Command) -> str:
+def perform(lab: Lab, command: Command) -> str:
     """Run and print a command; return in what it differs from what must be, or ""."""
-    click.secho(f"$ {command.line}", fg="cyan")
+    click.secho(typed(command), fg="cyan")
     end = time.monotonic() + READY_TIMEOUT
     while True:
-        done = host.exec(*words(command.line), check=False)
+        done = run(lab, command)
         problem = difference(command, done)
         if not problem or not command.waits or time.monotonic() > end:
             break
         time.sleep(0.05)
-    lines = output(done).splitlines()
-    for line in lines if problem else shortened(lines, command):
-        click.echo(f"  {line[:LINE_WIDTH].expandtabs(4)}" if line else "")
+    for line in output(done).splitlines():
+        click.echo("\n".join(folded(line.expandtabs(4))))
     return problem
 
 
-def words(line: str) -> list[str]:
+def typed(command: Command) -> str:
+    """Return a command after its prompt, as one would type it in 80 columns."""
+    words = [command.host + "$", *WORD.findall(command.line)]
+    return " \\\n".join(rows(words, WIDTH - len(" \\"), " ", " " * 4))
+
+
+def folded(line: str) -> list[str]:
+    """Indent a line of output; where it is too long, break it at spaces or commas."""
+    if len(line) <= WIDTH - 2:
+        return [f"  {line}".rstrip()]
+    pieces = re.findall(r"[^ ,]*[ ,]*", line)
+    return rows(["  " + pieces[0], *pieces[1:]], WIDTH, "", " " * 6)
+
+
+def rows(words: list[str], width: int, between: str, indent: str) -> list[str]:
+    """Join words to rows of at most this width; only the first is not indented."""
+    row, done = words[0], []
+    for word in words[1:]:
+        if len((row + between + word).rstrip()) > width:
+            done.append(row.rstrip())
+            row = indent + word
+        else:
+            row += between + word
+    return [*done, row.rstrip()]
+
+
+def run(lab: Lab, command: Command) -> Completed:
+    """Run a command where it belongs; a pipeline fails as its first failing part."""
+    if not command.host:
+        return _direct(lab, command.line)
+    host = lab.host(command.host)
+    done = Completed(returncode=0, stdout="", stderr="")
+    for part in parts(command.line):
+        after = host.exec(*part, input=done.stdout, check=False)
+        done = Completed(
+            returncode=done.returncode or after.returncode,
+            stdout=after.stdout,
+            stderr=done.stderr + after.stderr,
+        )
+    return done
+
+
+def parts(line: str) -> Iterator[list[str]]:
     """Cut a line as a shell does; `pynet` is this package, installed or not."""
-    program, *rest = shlex.split(line)
-    if program == "pynet":
-        return [sys.executable, "-m", "cnmdriver", *rest]
-    return [program, *rest]
+    words: list[str] = []
+    for word in [*shlex.split(line), "|"]:
+        if word == "|":
+            yield words
+            words = []
+        elif word == "pynet" and not words:
+            words = [sys.executable, "-m", "cnmdriver"]
+        else:
+            words.append(word)
 
 
 def output(done: Completed) -> str:
@@ -241,13 +421,15 @@ def difference(command: Command, done: Completed) -> str:
     return ""
 
 
-def shortened(lines: list[str], command: Command) -> list[str]:
-    """Return the first and last lines, with a note of how many are left out."""
-    left_out = len(lines) - command.head - command.tail
-    if left_out <= 1:
-        return lines
-    note = f"... {left_out} more lines ..."
-    return [*lines[: command.head], note, *lines[len(lines) - command.tail :]]
+def _direct(lab: Lab, line: str) -> Completed:
+    """Do what `pynet lab` would do with this lab's directory."""
+    verb, name, daemon = shlex.split(line.removeprefix("pynet lab "))
+    host: Host = lab.host(name)
+    if verb == "stop":
+        host.stop(daemon)
+    else:
+        host.start(daemon)
+    return Completed(returncode=0, stdout="", stderr="")
 
 
 def _end(signum: int, _: object) -> NoReturn:

@@ -71,4 +71,3 @@ def peer(network: Network, member: Member, vtep: IPAddress, host: Host) -> Plan:
 
 
 hold = router.hold
-relayed = router.relayed

@@ -201,6 +201,8 @@ class State:
             await self.write(change)
         except RaceLostError as race:
             self.learn(race, change)
+            if partial(race, change):
+                await self.read()
         except (UnknownOutcomeError, RewoundError):
             return has(await self.settle(), change)
         else:
@@ -300,7 +302,7 @@ class State:
         """Take a change into the view, and write it when the store is back."""
         self.behind = True
         for key in change.written():
-            seen = self.view.written.get(key, 0)
+            seen = self.view.written.get(key, self.view.listed)
             self.view.write(key, change.puts.get(key), seen + 1)
         self.unsaved.append(change)
         # Nothing may stop a removal, not even a full disk.
@@ -427,6 +429,20 @@ def is_anothers(key: str, item: Item | None, host: str) -> bool:
     with contextlib.suppress(StoreError):
         return getattr(records.decode(key, item.value), "host", host) != host
     return False
+
+
+def partial(race: RaceLostError, change: Change) -> bool:
+    """
+    Tell whether a lost race is news of a group whose records are not in it.
+
+    Who changes a space's record has changed others, and decisions rely on having seen
+    all of them when they have seen that one.
+    """
+    return any(
+        key.startswith("spaces/")
+        and (item.revision if item else 0) != change.expect.get(key, 0)
+        for key, item in race.current.items()
+    )
 
 
 def has(listing: Listing, change: Change) -> bool:

@@ -108,7 +108,8 @@ class View:
 
         A value that is not a record is noted in `malformed` and left out.
         """
-        if revision <= self.written.get(key, 0):
+        # What a listing lacks was gone by then: older news of it comes late.
+        if revision <= self.written.get(key, self.listed):
             return False
         self.written[key] = revision
         self.revision = max(self.revision, revision)

@@ -113,7 +113,7 @@ def test_a_cloned_identity(lab: Lab, tmp_path: Path) -> None:
     clone = second.directory / "clone"
     clone.mkdir()
     try:
-        local = first.directory / "var/lib/pynet/local.db"
+        local = first.directory / "pynet/local.db"
         assert local.exists(), sorted(first.directory.iterdir())
         (clone / "local.db").write_bytes(local.read_bytes())
         argv = [*second.software.daemon, "--store", store(second)]
@@ -172,17 +172,20 @@ def test_a_tunnel_address_that_changes(cluster: Cluster) -> None:
     host = moved.host
     with closing(Server(moved, "moved", PORT, "udp")):
         assert prober.udp(moved.ip(name), PORT) is not None
-        host.exec("ip", "addr", "add", "192.0.2.77/24", "dev", "eth0")
-        host.exec("ip", "addr", "del", f"{host.address4}/24", "dev", "eth0")
+        exchange(host, str(host.address4), "192.0.2.77")
         try:
-            host.exec("ip", "route", "replace", "default", "via", "192.0.2.1")
             reached = eventually(
                 lambda: prober.udp(moved.ip(name), PORT, 0.3) is not None, 7.0
             )
             shown = json.loads(prober.host.pynet("host", "ls", "--json").stdout)
         finally:
-            host.exec("ip", "addr", "add", f"{host.address4}/24", "dev", "eth0")
-            host.exec("ip", "addr", "del", "192.0.2.77/24", "dev", "eth0")
-            host.exec("ip", "route", "replace", "default", "via", "192.0.2.1")
+            exchange(host, "192.0.2.77", str(host.address4))
     assert reached
     assert "192.0.2.77" in {h["vtep"] for h in shown}
+
+
+def exchange(host: Host, old: str, new: str) -> None:
+    """Give a host another address on the underlay."""
+    host.exec("ip", "addr", "del", f"{old}/24", "dev", "eth0")
+    host.exec("ip", "addr", "add", f"{new}/24", "dev", "eth0")
+    host.exec("ip", "route", "replace", "default", "via", "192.0.2.1")

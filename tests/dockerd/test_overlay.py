@@ -6,7 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 
 import pytest
 
@@ -27,6 +27,7 @@ from tests.dockerd.tools import (
     devices,
     eventually,
     family_of,
+    inspected,
 )
 
 pytestmark = [pytest.mark.root, pytest.mark.dockerd, pytest.mark.timeout(180)]
@@ -154,9 +155,8 @@ def test_overlays_lead_to_no_host(cluster: Cluster) -> None:
     name = cluster.network()
     one, *others = cluster.run(name)
     gateways = [
-        str(entry["Gateway"]).partition("/")[0]
-        for entry in api(one.host, "GET", f"/networks/{name}")["IPAM"]["Config"]
-        if entry.get("Gateway")
+        subnet["gateway"] or str(next(ip_network(subnet["pool"]).hosts()))
+        for subnet in inspected(one.host, name)["subnets"]
     ]
     for place in (Place(scene.host.netns) for scene in cluster.scenes):
         server = Server(place, "host", PORT, "udp")
@@ -196,11 +196,11 @@ def test_a_moved_address_is_right_everywhere(cluster: Cluster) -> None:
         scenes[home].remove(moving)
         home = 1 - home
         moving = scenes[home].run(name, "--ip", four, "--ip6", six)
-        with Server(moving, f"turn {turn}", PORT, "udp"):
+        with Server(moving, f"turn-{turn}", PORT, "udp"):
             for address in (four, six):
                 answer = prober.udp(address, PORT, 1.0)
                 assert answer is not None
-                assert answer.server == f"turn {turn}"
+                assert answer.server == f"turn-{turn}"
 
 
 @pytest.mark.timeout(400)

@@ -461,6 +461,18 @@ async def test_no_member_is_a_sentence(opened):
     await store.close()
 
 
+async def test_an_unknown_name_is_a_sentence(opened, unharmed):
+    """A member whose name nobody knows is passed over, and named if it is the last."""
+    unknown = "nobody.invalid:2379"
+    endpoints = (unknown, *unharmed.endpoints)
+    store = await opened(Options(endpoints=endpoints, prefix="/name/"))
+    await put(store, a="1")
+    store = EtcdStore(Options(endpoints=(unknown,)))
+    with pytest.raises(StoreError, match=f"{unknown}: its name is not known"):
+        await store.open()
+    await store.close()
+
+
 @pytest.mark.parametrize("how", ["stop", "kill"])
 @pytest.mark.parametrize("which", ["leader", "follower"])
 async def test_fail_over(opened, three, which, how):

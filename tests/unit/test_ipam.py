@@ -6,6 +6,7 @@ from ipaddress import ip_address, ip_interface, ip_network
 
 import pytest
 
+from cnmdriver.driver import sandboxes
 from cnmdriver.driver.sync import Sync
 from cnmdriver.errors import Conflict, Exhausted, InvalidParameter, NotFound
 from cnmdriver.model import Block, Member, Network, Pool, Reservation, Subnet
@@ -815,3 +816,41 @@ async def test_everything_is_there_after_a_restart(directory):
         assert built.records == before
         docker = Docker(built)
         assert await docker.address(pool_id) == ip_interface("10.1.0.2/24")
+
+
+async def test_an_address_on_its_way_out(docker):
+    """
+    A static address is not given while Docker is about to release it.
+
+    1. A container is removed: its endpoint is deleted, its address not released yet.
+    2. Another container wants the address: it is refused, as the release that comes
+       would take the address from it.
+    3. The address is released.
+    Result: only then the other container gets it.
+    """
+    await docker.create("n" * 64, "10.1.0.0/24")
+    box = await docker.start("box", "n" * 64, ip="10.1.0.7")
+    await docker.rig.networks.delete_endpoint("n" * 64, "box")
+    with pytest.raises(Conflict) as refused:
+        await docker.start("two", "n" * 64, ip="10.1.0.7")
+    assert str(refused.value) == (
+        "address 10.1.0.7 of pool 10.1.0.0/24 is taken by a container that Docker is "
+        "removing; choose another or remove that container"
+    )
+    await docker.release(box)
+    await docker.start("two", "n" * 64, ip="10.1.0.7")
+    assert reservation(docker, "10.1.0.7").endpoint == "two"
+
+
+async def test_an_address_whose_release_was_lost(docker, monkeypatch):
+    """A release that does not come in time does not hold the address for ever."""
+    now = [1000.0]
+    monkeypatch.setattr(sandboxes.time, "monotonic", lambda: now[0])
+    await docker.create("n" * 64, "10.1.0.0/24")
+    await docker.start("box", "n" * 64, ip="10.1.0.7")
+    await docker.rig.networks.delete_endpoint("n" * 64, "box")
+    now[0] += 9.9
+    with pytest.raises(Conflict):
+        await docker.address("local/10.1.0.0/24", "10.1.0.7")
+    now[0] += 0.2
+    assert await docker.address("local/10.1.0.0/24", "10.1.0.7")

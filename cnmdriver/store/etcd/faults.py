@@ -75,6 +75,7 @@ RULES: tuple[tuple[str, Verdict, str], ...] = (
     ),
     ("failed to connect to all addresses", Verdict.NEXT, ""),
     ("DNS resolution failed", Verdict.NEXT, "its name is not known"),
+    ("errors resolving", Verdict.NEXT, "its name is not known"),
     ("etcdserver: no leader", Verdict.NEXT, "it is cut off from the other members"),
     ("too many requests", Verdict.NEXT, "it has too many requests"),
     ("invalid auth token", Verdict.LOGIN, "the login has run out"),

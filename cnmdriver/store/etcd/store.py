@@ -34,7 +34,7 @@ from cnmdriver.store.etcd.client import WHOLE, Client, FaultError, now
 from cnmdriver.store.etcd.faults import Verdict
 from cnmdriver.store.etcd.options import Options
 from cnmdriver.store.etcd.rpc import Member, Metadata, grpc, pb, prefix_end
-from cnmdriver.store.etcd.watch import Range, Watch, lost, went_back
+from cnmdriver.store.etcd.watch import Range, Watch, lost, send, went_back
 
 PAGE = 1000
 """Keys in one answer."""
@@ -66,7 +66,7 @@ class EtcdLease:
         """Keep it at one member; return the seconds it has now."""
         call = member.lease.LeaseKeepAlive(metadata=metadata, timeout=left)
         try:
-            await call.write(pb.LeaseKeepAliveRequest(ID=self.number))
+            await send(call, pb.LeaseKeepAliveRequest(ID=self.number))
             answer = await call.read()
         finally:
             call.cancel()
