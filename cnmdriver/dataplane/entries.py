@@ -149,10 +149,11 @@ class Entries:
         return {link.name: link.index for link in links if link is not None}
 
     async def _socket(self) -> socket.socket:
+        what = "opening a netlink socket"
         try:
-            return await self._inside.call(_opened)
+            return await self._inside.ask(what, _opened)
         except OSError as error:
-            raise refusal("opening a netlink socket", error.errno or 0) from error
+            raise refusal(what, error.errno or 0) from error
 
 
 class Reading:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar, TypeVarTuple, Unpack
 
+from cnmdriver.dataplane.handler import BOUND, too_slow
 from cnmdriver.errors import KernelError
 
 CLONE_NEWNET = 0x40000000
@@ -46,11 +47,21 @@ class Inside:
     def call(
         self, function: Callable[[Unpack[A]], T], *arguments: *A
     ) -> asyncio.Future[T]:
-        """Hand a call to the thread."""
+        """Hand a call to the thread, whatever time it takes."""
         if self._thread is None:
             raise KernelError("the dataplane is used before it was opened")
         loop = asyncio.get_running_loop()
         return loop.run_in_executor(self._thread, function, *arguments)
+
+    async def ask(
+        self, what: str, function: Callable[[Unpack[A]], T], *arguments: *A
+    ) -> T:
+        """Wait for a call, as long as an operation of the kernel may take."""
+        try:
+            async with asyncio.timeout(BOUND):
+                return await asyncio.shield(self.call(function, *arguments))
+        except TimeoutError as error:
+            raise too_slow(what) from error
 
 
 def enter(descriptor: int) -> None:

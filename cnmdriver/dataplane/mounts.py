@@ -22,7 +22,10 @@ def new_namespace() -> int:
     """Make a namespace; its descriptor is all that keeps it."""
     # The thread that makes it is in it, and ends.
     with ThreadPoolExecutor(1, thread_name_prefix="namespace") as thread:
-        return thread.submit(_unshared).result()
+        try:
+            return thread.submit(_unshared).result()
+        except OSError as error:
+            raise refusal("making a network namespace", error.errno or 0) from error
 
 
 def mount(name: str, descriptor: int) -> None:

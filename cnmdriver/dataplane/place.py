@@ -74,19 +74,14 @@ class Places:
         await self.close(name)
         if there is None:
             return None
-        return await self.adopt(name, os.open(NAMES / name, os.O_RDONLY | os.O_CLOEXEC))
-
-    async def adopt(self, name: str, descriptor: int) -> Place:
-        """Open the namespace of a descriptor, which is the place's from now on."""
-        place = Place(name, descriptor)
         try:
-            await place.open()
-        except BaseException:
-            await place.close()
-            raise
-        self._open[name] = place
-        self._opened(place)
-        return place
+            descriptor = os.open(NAMES / name, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            what = f"opening network namespace {name}"
+            raise refusal(what, error.errno or 0) from error
+        return await self._opened_at(name, descriptor)
 
     async def close(self, name: str) -> None:
         """Close a place, if it is open."""
@@ -98,6 +93,17 @@ class Places:
         """Close everything."""
         for name in list(self._open):
             await self.close(name)
+
+    async def _opened_at(self, name: str, descriptor: int) -> Place:
+        place = Place(name, descriptor)
+        try:
+            await place.open()
+        except BaseException:
+            await place.close()
+            raise
+        self._open[name] = place
+        self._opened(place)
+        return place
 
 
 def identity(name: str) -> Identity | None:

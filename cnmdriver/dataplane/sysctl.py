@@ -71,7 +71,8 @@ class Sysctls:
             for path, usual in PER_BRIDGE.items()
         ]
         every = (*self._remembered(), *paths.values(), *others)
-        read = zip(every, await self._inside.call(_read_all, every), strict=True)
+        what = f"reading {len(every)} settings"
+        read = zip(every, await self._inside.ask(what, _read_all, every), strict=True)
         return tuple(
             {
                 op.path: replace(op, value=value)
@@ -88,7 +89,10 @@ class Sysctls:
         )
 
     async def _read(self, op: Sysctl) -> str | None:
-        return await self._inside.call(_read, op)
+        return await self._inside.ask(f"reading {op.path}", _read, op)
+
+    async def _write(self, path: str, value: str) -> None:
+        await self._inside.ask(f"setting {path} to {value}", _write, path, value)
 
     async def _set(self, op: Sysctl, undo: Undo) -> None:
         before = await self._read(op)
@@ -104,14 +108,14 @@ class Sysctls:
 
         async def restore() -> None:
             if await self._read(op) != before:
-                await self._inside.call(_write, op.path, before)
+                await self._write(op.path, before)
             if first:
                 self._memory.forget(op.path)
 
         undo.append(restore)
         if first:
             self._memory.keep(op.path, before)
-        await self._inside.call(_write, op.path, op.value)
+        await self._write(op.path, op.value)
 
     async def _keep_listening(self, undo: Undo) -> None:
         """

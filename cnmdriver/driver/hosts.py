@@ -59,21 +59,38 @@ class Hosts:
             draft.put(records.host(host.id), host)
 
         await self.site.state.commit(decide)
+        await self.look_again(host)
         self.site.host = host
         return known != host
 
+    async def look_again(self, host: Host) -> None:
+        """Raise Conflict for a host in the way that was published just before."""
+        state, own = self.site.state, records.host(host.id)
+        await state.relist()
+        for other in living(state.view, but=host.id):
+            if state.view.seen(records.host(other.id)) < state.view.seen(own):
+                refuse(host, other)
+
     async def run(self) -> None:
         """Publish the address anew whenever it changes, until cancelled."""
+        said = ""
         while True:
             await asyncio.sleep(EVERY)
             try:
-                found = await find(self.site.dataplane, self.wish)
-                if placed(self.site.host, found) != self.site.host:
-                    log.info("host.moved", address=str(found.address))
-                    await self.publish()
-                    self.moved()
+                await self.follow()
+                said = ""
             except DriverError as error:
-                log.warning("host.not_published", error=str(error))
+                if str(error) != said:
+                    said = str(error)
+                    log.warning("host.not_published", error=said)
+
+    async def follow(self) -> None:
+        """Publish the address anew if it is another."""
+        found = await find(self.site.dataplane, self.wish)
+        if placed(self.site.host, found) != self.site.host:
+            log.info("host.moved", address=str(found.address))
+            await self.publish()
+            self.moved()
 
 
 async def find(dataplane: Dataplane, wish: Wish) -> Underlay:

@@ -8,24 +8,37 @@ news came. A host that has nothing on a network carries none of its entries.
 """
 
 import asyncio
-import contextlib
-import math
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 
 import structlog
 
 from cnmdriver.driver.site import Site
-from cnmdriver.errors import DriverError
+from cnmdriver.errors import DriverError, KernelError
 from cnmdriver.model import Endpoint, IPAddress, Member, Watermark
 from cnmdriver.plan.ops import Key, Op, Plan
 from cnmdriver.store import records
+from cnmdriver.store.view import Draft
 
 PACE = 1.0
 """Seconds between two watermarks at the least."""
+AGAIN = 10.0
+"""Seconds until what the kernel refused is tried again."""
+BREATH = 100
+"""After so many records others get their turn."""
 
 log = structlog.get_logger()
+
+
+@dataclass(slots=True)
+class Touched:
+    """What some news is about."""
+
+    keys: set[str] = field(default_factory=set)
+    networks: set[str] = field(default_factory=set)
+    """All records on these."""
+    hosts: set[str] = field(default_factory=set)
+    """All records of these."""
 
 
 class Remotes:
@@ -36,14 +49,18 @@ class Remotes:
         self.site = site
         self.lock = asyncio.Lock()
         self.news = asyncio.Event()
-        self.local: defaultdict[str, set[str]] = defaultdict(set)
+        self.ahead = asyncio.Event()
+        """Set while the kernel is further than the others were told."""
+        self.local: dict[str, set[str]] = {}
         """The keys of this host's own endpoints, by network."""
         self.plans: dict[str, Plan] = {}
         """What was written for a record, by its key."""
         self.holders: dict[Key, str] = {}
         """Which record an entry was last written for."""
         self.held: dict[Key, Op] = {}
-        self.vteps: dict[str, IPAddress | None] = {}
+        self.amiss: set[str] = set()
+        """Networks of which the kernel did not take everything."""
+        self.vteps: dict[str, IPAddress] = {}
         self.alarm: Callable[[], None] = lambda: None
         """Called when the kernel did not take what it should."""
         self.worked = 0
@@ -55,99 +72,164 @@ class Remotes:
 
     async def run(self) -> None:
         """Update at once whenever woken, until cancelled; tell the others how far."""
-        told, latest = 0, -math.inf
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self.keep_up())
+            group.create_task(self.keep_trying())
+            group.create_task(self.keep_telling())
+
+    async def keep_up(self) -> None:
+        """Update whenever woken."""
         while True:
-            due = latest + PACE - time.monotonic()
-            if self.worked > told and due <= 0:
-                told, latest = self.worked, time.monotonic()
-                await self.tell()
-                continue
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(due if self.worked > told else None):
-                    await self.news.wait()
+            await self.news.wait()
             self.news.clear()
             await self.update()
 
+    async def keep_trying(self) -> None:
+        """Try again what the kernel refused: the audit does not tell that it mended."""
+        while True:
+            await asyncio.sleep(AGAIN)
+            if self.amiss:
+                await self.update(again=True)
+
+    async def keep_telling(self) -> None:
+        """Write how far this host's kernel is, at most once in a while."""
+        while True:
+            await self.ahead.wait()
+            self.ahead.clear()
+            await self.tell()
+            await asyncio.sleep(PACE)
+
     async def tell(self) -> None:
-        """Write how far this host's kernel is."""
-        mark = Watermark(revision=self.worked)
+        """Write how far this host's kernel is; if that fails it is to be told yet."""
         key = records.watermark(self.site.host.id)
+
+        def decide(draft: Draft) -> None:
+            draft.put(key, Watermark(revision=self.worked))
+
         try:
-            await self.site.state.commit(lambda draft: draft.put(key, mark))
+            await self.site.state.commit(decide)
         except DriverError as error:
             log.debug("remotes.not_told", error=str(error))
+            self.ahead.set()
 
-    async def update(self) -> None:
-        """Bring the kernel up to what the view says by now; failures are logged."""
+    async def update(self, *, again: bool = False) -> None:
+        """
+        Bring the kernel up to what the view says by now; failures are logged.
+
+        What was refused before is tried `again` only by itself: it may be refused for
+        good, and must not keep anything else from being written.
+        """
         try:
             async with self.lock:
                 await self.follow(self.site.view.drain())
+                if again:
+                    await self.follow(list(map(records.network, self.amiss)))
         except DriverError as error:
-            # The audit finds what lacks, mends it and tells.
             log.warning("remotes.not_written", error=str(error))
-            self.alarm()
 
     async def carry(self, network: str) -> None:
         """
-        Know the others' endpoints on a network, as this host now has one.
+        Know the others' endpoints on a network, as this host has a place there now.
 
         Raises KernelError if the kernel does not take them.
         """
         async with self.lock:
-            await self.follow({*self.site.view.drain(), records.network(network)})
+            fresh = set(self.site.view.drain())
+            if network in self.amiss:
+                fresh.add(records.network(network))
+            await self.follow(fresh)
 
     async def follow(self, fresh: Iterable[str]) -> None:
         """Take in which records changed, and write what follows from them."""
-        keys: set[str] = set()
-        whole: set[str] = set()
+        revision = self.site.view.revision
+        touched = Touched()
         for key in fresh:
-            self.sort(key, keys, whole)
-        for network in whole:
-            keys.update(self.site.sources(network))
-            keys.update(k for k in self.plans if k.split("/")[1] == network)
-        if keys:
-            await self.write({key: self.wanted(key) for key in keys})
+            self.sort(key, touched)
+        keys = {*touched.keys, *self.concerned(touched)}
+        try:
+            plans = await self.wanted(keys)
+            if await self.write(plans):
+                self.worked = revision
+                self.ahead.set()
+        except (DriverError, asyncio.CancelledError):
+            # News comes once only: the audit finds what lacks, mends it and tells.
+            self.amiss.update(map(network_of, keys))
+            self.alarm()
+            raise
+        self.amiss -= touched.networks
 
-    def sort(self, key: str, keys: set[str], whole: set[str]) -> None:
-        """Note what a changed record touches: itself, a network, or every network."""
+    def sort(self, key: str, touched: Touched) -> None:
+        """Note what a changed record is about."""
         kind, _, rest = key.partition("/")
         network = rest.partition("/")[0]
         if kind == "endpoints":
-            self.count(key, network, whole)
-            keys.add(key)
+            self.count(key, network, touched)
+            touched.keys.add(key)
+        elif key == records.member(network, self.site.host.id) or kind == "networks":
+            touched.networks.add(network)
         elif kind == "members":
-            own = key == records.member(network, self.site.host.id)
-            (whole if own else keys).add(network if own else key)
-        elif kind == "networks":
-            whole.add(network)
+            touched.keys.add(key)
         elif kind in {"hosts", "alive"}:
-            vtep = self.site.vtep(rest)
-            if self.vteps.get(rest) != vtep:
-                whole.update(member.network for member in self.site.members())
-            self.vteps[rest] = vtep
+            self.locate(rest, touched)
 
-    def count(self, key: str, network: str, whole: set[str]) -> None:
+    def count(self, key: str, network: str, touched: Touched) -> None:
         """Keep track of this host's own endpoints; the first and the last matter."""
         found = self.site.view.get(Endpoint, key)
-        before = bool(self.local[network])
+        own = self.local.setdefault(network, set())
+        before = bool(own)
         if found is not None and found.host == self.site.host.id:
-            self.local[network].add(key)
+            own.add(key)
         else:
-            self.local[network].discard(key)
-        if bool(self.local[network]) != before:
-            whole.add(network)
+            own.discard(key)
+        if bool(own) != before:
+            touched.networks.add(network)
+        if not own:
+            del self.local[network]
 
-    def wanted(self, key: str) -> Plan:
-        """Return what a record calls for, nothing where it does not matter here."""
-        network = key.split("/")[1]
-        member = records.member(network, self.site.host.id)
-        own = self.site.view.get(Member, member)
-        if own is None or not (self.local[network] or own.addresses):
-            return ()
-        return self.site.source_plan(key)
+    def locate(self, host: str, touched: Touched) -> None:
+        """Keep track of where another host's tunnels end."""
+        vtep = self.site.vtep(host)
+        if vtep != self.vteps.pop(host, None):
+            touched.hosts.add(host)
+        if vtep is not None:
+            self.vteps[host] = vtep
 
-    async def write(self, plans: dict[str, Plan]) -> None:
-        """Make the kernel hold the plans of these records, in place of earlier ones."""
+    def concerned(self, touched: Touched) -> Iterator[str]:
+        """Yield the records of the networks and hosts that something is about."""
+        for network in touched.networks:
+            yield from self.site.sources(network)
+        if touched.networks:
+            yield from (k for k in self.plans if network_of(k) in touched.networks)
+        for member in self.site.members() if touched.hosts else ():
+            for prefix in ("members", "endpoints"):
+                for group in self.site.view.matching(f"{prefix}/{member.network}/"):
+                    for key, known in group.items():
+                        if getattr(known.record, "host", "") in touched.hosts:
+                            yield key
+
+    async def wanted(self, keys: set[str]) -> dict[str, Plan]:
+        """Return what records call for, the latest last; nothing if not needed here."""
+        carried = {network: self.carries(network) for network in map(network_of, keys)}
+        plans = {}
+        for count, key in enumerate(sorted(keys, key=self.site.view.seen), 1):
+            found = carried[network_of(key)]
+            plans[key] = self.site.source_plan(key) if found else ()
+            if count % BREATH == 0:
+                await asyncio.sleep(0)
+        return plans
+
+    def carries(self, network: str) -> bool:
+        """Tell whether this host needs to know of the others' endpoints."""
+        key = records.member(network, self.site.host.id)
+        own = self.site.view.get(Member, key)
+        return own is not None and bool(own.addresses or network in self.local)
+
+    async def write(self, plans: dict[str, Plan]) -> bool:
+        """
+        Make the kernel hold the plans of these records, in place of earlier ones.
+
+        Tell whether that mattered to this host.
+        """
         new = {op.key: op for plan in plans.values() for op in plan}
         fresh = tuple(op for op in new.values() if self.held.get(op.key) != op)
         gone = tuple(
@@ -156,20 +238,37 @@ class Remotes:
             for op in self.plans.get(key, ())
             if op.key not in new and self.holders.get(op.key) == key
         )
-        touched = any(plan or key in self.plans for key, plan in plans.items())
+        mattered = any(plan or key in self.plans for key, plan in plans.items())
+        self.note(plans)
+        for op in (*gone, *fresh):
+            self.held.pop(op.key, None)
+        for op in gone:
+            del self.holders[op.key]
+        if gone:
+            await self.clear(gone)
+        if fresh:
+            await self.site.dataplane.apply(fresh)
+            self.held.update((op.key, op) for op in fresh)
+        return mattered
+
+    def note(self, plans: dict[str, Plan]) -> None:
+        """Remember what is written for which record."""
         for key, plan in plans.items():
             self.holders.update((op.key, key) for op in plan)
             self.plans[key] = plan
             if not plan:
                 del self.plans[key]
-        if touched:
-            self.worked = self.site.view.revision
-            # A call may have asked for this; the others are told by the loop.
-            self.news.set()
-        for op in gone:
-            self.held.pop(op.key, None)
-            del self.holders[op.key]
-        await self.site.clear(gone)
-        if fresh:
-            await self.site.dataplane.apply(fresh)
-            self.held.update((op.key, op) for op in fresh)
+
+    async def clear(self, gone: Plan) -> None:
+        """Take entries out of the kernel; what is left is the audit's."""
+        try:
+            # No network's own plan has such an entry: nobody else can want it.
+            await self.site.dataplane.clear(gone)
+        except KernelError as error:
+            log.warning("remotes.not_cleared", error=str(error))
+            self.alarm()
+
+
+def network_of(key: str) -> str:
+    """Return the network of a member's or an endpoint's key."""
+    return key.split("/")[1]

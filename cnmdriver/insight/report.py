@@ -1,5 +1,6 @@
 """What pynet knows, as values for JSON: networks, endpoints, ports and pools."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
@@ -107,22 +108,16 @@ def hosts(site: Site, marks: Mapping[str, int]) -> list[Json]:
     """
     Return the hosts of the cluster, by name; `marks` is how far each one's kernel is.
 
-    `behind` counts the records of others, on networks the host has endpoints on, that
-    are newer than what its kernel holds. `since` is by the host's own clock.
+    `behind` counts the endpoints of others, on the networks that the host takes part
+    in, that are newer than what its kernel holds. `since` is by the host's own clock.
     """
-    everything = list(site.view.all(Endpoint, "endpoints/"))
+    view = site.view
+    count = Counter(e.host for e in view.all(Endpoint, "endpoints/"))
+    shared = reached_by_others(site)
     found = []
-    for host in site.view.all(Host, "hosts/"):
-        alive = site.view.get(Alive, records.alive(host.id))
-        carried = {e.network for e in everything if e.host == host.id}
+    for host in view.all(Host, "hosts/"):
+        alive = view.get(Alive, records.alive(host.id))
         mark = marks.get(host.id, 0)
-        newer = [
-            e
-            for e in everything
-            if e.network in carried
-            and e.host != host.id
-            and site.view.seen(records.endpoint(e.network, e.id)) > mark
-        ]
         found.append(
             {
                 "name": host.name,
@@ -133,11 +128,44 @@ def hosts(site: Site, marks: Mapping[str, int]) -> list[Json]:
                 "version": host.version,
                 "state": life(alive),
                 "since": alive.since if alive is not None else None,
-                "endpoints": sum(e.host == host.id for e in everything),
-                "behind": len(newer),
+                "endpoints": count[host.id],
+                "behind": sum(
+                    revision > mark and owner != host.id
+                    for network in carried_by(site, host.id)
+                    for owner, revision in shared.get(network, ())
+                ),
             }
         )
     return sorted(found, key=lambda h: (str(h["name"]), str(h["id"])))
+
+
+def reached_by_others(site: Site) -> dict[str, list[tuple[str, int]]]:
+    """Return host and revision of the endpoints that tunnels lead to, by network."""
+    view = site.view
+    alive = {
+        host.id
+        for host in view.all(Host, "hosts/")
+        if host.vtep is not None and view.seen(records.alive(host.id))
+    }
+    return {
+        network.id: [
+            (known.record.host, known.revision)
+            for group in view.matching(f"endpoints/{network.id}/")
+            for known in group.values()
+            if isinstance(known.record, Endpoint) and known.record.host in alive
+        ]
+        for network in view.all(Network, "networks/")
+        if network.vni
+    }
+
+
+def carried_by(site: Site, host: str) -> set[str]:
+    """Return the networks on which a host has a container, or an address itself."""
+    found = {e.network for e in site.view.all(Endpoint, "endpoints/") if e.host == host}
+    for member in site.view.all(Member, "members/"):
+        if member.host == host and member.addresses:
+            found.add(member.network)
+    return found
 
 
 def life(alive: Alive | None) -> str:

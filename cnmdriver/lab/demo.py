@@ -163,12 +163,17 @@ STORY = (
     Step(
         title="The first packet arrives",
         text="client on h2 reaches web on h1 at once, by IPv4 and by IPv6: h2 was told "
-        "where web is when it was created. Docker resolves names within a host; "
-        "across hosts containers use addresses.",
+        "where web is when web was created. (By address: Docker resolves names only "
+        "within a host.) bob, on h1 but not on blue, does not reach it.",
         commands=(
             does("h2", "docker exec client ping -c 1 10.1.0.2 | grep seq", ANSWERED),
             does("h2", "docker exec client ping -c 1 fd01::2 | grep seq", ANSWERED),
             soon("h2", "docker exec client wget -qO- http://10.1.0.2:8080/", "web"),
+            fails(
+                "h1",
+                "docker exec bob ping -c 1 -W 1 10.1.0.2 | grep loss",
+                "100% packet loss",
+            ),
         ),
     ),
     Step(
@@ -187,9 +192,9 @@ STORY = (
     ),
     Step(
         title="The tunnel",
-        text="The devices are in a namespace of pynet's own, out of reach of the host's "
-        "firewall. A network has a bridge (pn-), a port for each container (pe-) and "
-        "a VXLAN device (pv-), whose id, the VNI, is the same on both hosts.",
+        text="The devices are in a namespace of pynet's own, out of reach of the "
+        "host's firewall. A network has a bridge (pn-), a port for each container "
+        "(pe-) and a VXLAN device (pv-), whose id, the VNI, is the same on both hosts.",
         commands=(
             does(
                 "h1",

@@ -16,7 +16,7 @@ from cnmdriver.lab import demo, process
 from cnmdriver.lab.lab import Lab
 from cnmdriver.lab.machine import wait_until
 
-pytestmark = [pytest.mark.root, pytest.mark.dockerd, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.root, pytest.mark.dockerd, pytest.mark.timeout(120)]
 
 PACKAGE = Path(str(cnmdriver.__file__)).parent.parent
 COUNTERS = re.compile(
@@ -81,8 +81,9 @@ def test_demo_plays_to_its_end_and_leaves_the_machine_as_it_was(tmp_path: Path) 
     1. The machine's links, routes, firewall, mounts and settings are noted.
     2. The demo runs, piped.
 
-    Result: exit code 0, no colours; the machine is as before, no process of the demo
-    runs, and so none of its namespaces exists; its directory is empty.
+    Result: exit code 0, no colours, no line too long for a narrow window; the machine
+    is as before, no process of the demo runs, and so none of its namespaces exists;
+    its directory is empty.
     """
     mark = secrets.token_hex(8)
     before = machine_state()
@@ -90,9 +91,10 @@ def test_demo_plays_to_its_end_and_leaves_the_machine_as_it_was(tmp_path: Path) 
         assert child.stdout is not None
         said = child.stdout.read()
     assert child.returncode == 0, said
-    shown = [line for line in said.splitlines() if line.startswith("$ ")]
-    wanted = [f"$ {c.line}" for step in demo.STORY for c in step.commands]
+    shown = re.findall(r"^(?:h[12])?\$ (?:.*\\\n)*.*", said, re.MULTILINE)
+    wanted = [demo.typed(c) for step in demo.STORY for c in step.commands]
     assert shown == wanted
+    assert [line for line in said.splitlines() if len(line) > 80] == []
     assert "\x1b" not in said
     assert machine_state() == before
     assert marked(mark) == []
@@ -117,19 +119,26 @@ def test_demo_that_is_stopped_leaves_nothing(tmp_path: Path, signum: int) -> Non
 @pytest.mark.parametrize(
     ("command", "problem"),
     [
-        (demo.does("true", "word"), "`true` should have printed 'word'"),
-        (demo.does("false", ""), "`false` ended with 1"),
-        (demo.fails("echo word", "word"), "`echo word` should have failed"),
-        (demo.fails("ls /nowhere", "word"), "`ls /nowhere` should have printed 'word'"),
-        (demo.does("echo word", "word"), ""),
-        (demo.fails("ls /nowhere", "No such file"), ""),
+        (demo.does("h1", "true", "word"), "`true` should have printed 'word'"),
+        (demo.does("h1", "false", ""), "`false` ended with 1"),
+        (demo.fails("h1", "echo word", ""), "`echo word` should have failed"),
+        (demo.fails("h1", "ls /none", "word"), "`ls /none` should have printed 'word'"),
+        (demo.does("h1", "ls /none | cat", ""), "`ls /none | cat` ended with 2"),
+        (
+            demo.does("h1", "echo word | grep x", ""),
+            "`echo word | grep x` ended with 1",
+        ),
+        (demo.does("h1", "echo word", "word"), ""),
+        (demo.does("h1", "echo 'a | b' | tr a c", r"^c \| b$"), ""),
+        (demo.fails("h1", "ls /none", "No such file"), ""),
+        (demo.fails("h1", "ls /none | cat", "No such file"), ""),
     ],
 )
 def test_what_differs_from_the_expectation_is_told(
     bare: Lab, command: demo.Command, problem: str
 ) -> None:
     """A command that does not do what its step says is named, with what it lacks."""
-    assert demo.perform(bare.hosts[0], command) == problem
+    assert demo.perform(bare, command) == problem
 
 
 def test_a_failing_step_ends_the_story(
@@ -137,23 +146,34 @@ def test_a_failing_step_ends_the_story(
 ) -> None:
     """The first step that fails is named, the exit code is 1, and the lab is gone."""
     step = demo.STORY[0]
-    wrong = demo.fails("docker version", "")
+    wrong = demo.fails("h1", "docker version", "")
     changed = demo.Step(
         title=step.title, text=step.text, commands=(wrong, *step.commands)
     )
     assert demo.play(place, (changed,)) == 1
     said = capsys.readouterr().out
     assert "Step 1 failed: `docker version` should have failed" in said
+    assert "The end of pynet's log on h2:" in said
     assert "docker run" not in said
     assert not place.exists()
 
 
-def test_long_output_is_shortened_in_the_middle() -> None:
-    """Head and tail are kept, and a note says how many lines are left out."""
-    command = demo.does("x", "", head=2, tail=1)
-    lines = ["1", "2", "3", "4", "5"]
-    assert demo.shortened(lines, command) == ["1", "2", "... 2 more lines ...", "5"]
-    assert demo.shortened(lines[:4], command) == lines[:4]
+def test_a_long_command_is_broken_between_its_words() -> None:
+    """What is typed can be copied: rows end with a backslash, never within quotes."""
+    quoted = f"'{'b c ' * 10}'"
+    command = demo.does("h1", f"echo {'a' * 40} {quoted}", "")
+    assert demo.typed(command) == f"h1$ echo {'a' * 40} \\\n    {quoted}"
+    assert demo.typed(demo.does("", "pynet lab stop", "")) == "$ pynet lab stop"
+
+
+def test_a_long_line_of_output_is_folded() -> None:
+    """Output is indented, and broken at spaces and commas where it is too long."""
+    assert demo.folded("") == [""]
+    assert demo.folded("a  b") == ["  a  b"]
+    assert demo.folded(f"{'a' * 70} b,{'c' * 8} d") == [
+        f"  {'a' * 70} b,",
+        f"      {'c' * 8} d",
+    ]
 
 
 @pytest.fixture(scope="module")
