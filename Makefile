@@ -42,7 +42,7 @@ check: venv
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest -n 2 -m 'not root' $(QUICK)
+	$(BIN)/pytest -n 2 -m 'not root and not etcd' $(QUICK)
 
 fmt: venv
 	$(BIN)/ruff format .

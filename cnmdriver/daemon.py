@@ -69,9 +69,18 @@ def run(settings: Settings) -> int:
         asyncio.run(serve(settings))
     except* DriverError as errors:
         code = BUSY
-        for error in errors.exceptions:
+        for error in single(errors):
             print(f"pynet: {error}", file=sys.stderr)  # noqa: T201
     return code
+
+
+def single(errors: ExceptionGroup[DriverError]) -> Iterator[DriverError]:
+    """Yield the errors of a group, and of groups in it."""
+    for error in errors.exceptions:
+        if isinstance(error, ExceptionGroup):
+            yield from single(error)
+        else:
+            yield error
 
 
 async def serve(settings: Settings) -> None:
@@ -81,16 +90,18 @@ async def serve(settings: Settings) -> None:
     async with AsyncExitStack() as stack:
         stack.enter_context(only_one())
         daemon = await build(settings, stack)
-        await daemon.sync.turn()
         stop = asyncio.Event()
-        with signals(stop):
-            admin = Path(settings.run_dir, "admin.sock")
-            async with (
-                listening(daemon.admin, admin),
-                listening(daemon.plugin, Path(settings.socket)),
-            ):
-                log.info("daemon.ready", socket=settings.socket, pid=os.getpid())
-                await daemon.until(stop)
+        admin = Path(settings.run_dir, "admin.sock")
+        # The first comparison can take longer than the lease.
+        async with daemon.living():
+            await daemon.sync.turn()
+            with signals(stop):
+                async with (
+                    listening(daemon.admin, admin),
+                    listening(daemon.plugin, Path(settings.socket)),
+                ):
+                    log.info("daemon.ready", socket=settings.socket, pid=os.getpid())
+                    await daemon.until(stop)
         log.info("daemon.stopped")
 
 
@@ -155,6 +166,16 @@ class Daemon:
             "problems": list(self.sync.problems),
         }
 
+    @asynccontextmanager
+    async def living(self) -> AsyncIterator[None]:
+        """Keep this host's lease meanwhile; what ends that ends the daemon."""
+        async with asyncio.TaskGroup() as group:
+            works = [] if self.session is None else [self.session.run()]
+            loops = [group.create_task(work) for work in works]
+            yield
+            for task in loops:
+                task.cancel()
+
     async def until(self, stop: asyncio.Event) -> None:
         """Run the loops until the event; if one fails, all end and the daemon too."""
         async with asyncio.TaskGroup() as group:
@@ -164,8 +185,8 @@ class Daemon:
                 self.site.state.follow(),
                 self.remotes.run(),
             ]
-            if self.session is not None and self.hosts is not None:
-                works += [self.session.run(), self.hosts.run()]
+            if self.hosts is not None:
+                works.append(self.hosts.run())
             loops = [group.create_task(work) for work in works]
             await stop.wait()
             for task in loops:

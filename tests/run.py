@@ -2,7 +2,7 @@
 Run every suite, each to its end, and print how long each took.
 
 `python tests/run.py DIRECTORY…` takes the directories that `make check` runs without
-root; of those only the tests that need it are left. Each other directory of tests is a
+root and etcd; of those only the tests that need one are left. Each other directory of tests is a
 suite of its own. A test that was skipped counts as failed: markers choose, nothing
 skips. The exit code is 0 only if something passed and nothing failed.
 """
@@ -66,7 +66,8 @@ def suites(quick: Sequence[str]) -> Iterator[Suite]:
     """Yield what there is to run, quick ones first."""
     yield Suite(name="check", argv=("make", "--no-print-directory", "check"))
     if quick:
-        yield Suite(name="check, as root", argv=as_root("-m", "root", *quick))
+        rest = ("-m", "root or etcd", *quick)
+        yield Suite(name="check, the rest", argv=as_root(*rest))
     for directory in sorted({path.parent for path in TESTS.rglob("test_*.py")}):
         name = str(directory.relative_to(TESTS.parent))
         if not any(name == q or name.startswith(f"{q}/") for q in quick):

@@ -51,6 +51,7 @@ class Hosts:
         """
         found = await find(self.site.dataplane, self.wish)
         host = placed(self.site.host, found)
+        await self.site.state.relist()
         known = self.site.view.get(Host, records.host(host.id))
 
         def decide(draft: Draft) -> None:

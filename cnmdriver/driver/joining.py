@@ -235,6 +235,11 @@ class Joining:
         self.check_mode(wish, mode)
         if mode == "overlay":
             self.check_pools(wish, found)
+        if chosen.host_access and chosen.icc is False:
+            raise InvalidParameter(
+                "pynet.host_access and pynet.icc=false exclude each other: what keeps "
+                "containers apart keeps other hosts from them too; leave one out"
+            )
         pool_of = dict(found)
         network = Network(
             id=found[0][1].network if found else wish.docker_id,

@@ -16,7 +16,7 @@ import structlog
 from cnmdriver.driver.site import Site
 from cnmdriver.errors import Conflict, DriverError, Exhausted
 from cnmdriver.model import Endpoint, IPAddress, PortRequest, Published
-from cnmdriver.plan import bridge, firewall, ops
+from cnmdriver.plan import firewall, ops, router
 from cnmdriver.plan.ops import Plan
 from cnmdriver.store import records
 
@@ -77,7 +77,7 @@ class Publisher:
             )
             try:
                 self.check_free(endpoint, port)
-                await self.site.dataplane.apply((bridge.hold(port, endpoint),))
+                await self.site.dataplane.apply((router.hold(port, endpoint),))
             except Conflict as error:
                 refused = error
             else:
@@ -117,7 +117,7 @@ class Publisher:
         """Restore what an endpoint published before a change that failed."""
         key = records.endpoint(after.network, after.id)
         await self.site.state.remove(lambda draft: draft.put(key, before))
-        held = tuple(bridge.hold(p, after) for p in after.published)
+        held = tuple(router.hold(p, after) for p in after.published)
         gone = ops.union((self.gone(after, before), held))
         kept = self.site.endpoint_plan(before)
         await self.site.clear(ops.without(gone, kept))

@@ -68,6 +68,3 @@ def peer(network: Network, member: Member, vtep: IPAddress, host: Host) -> Plan:
     """Return nothing: the network ends at the host."""
     del network, member, vtep, host
     return ()
-
-
-hold = router.hold

@@ -258,8 +258,8 @@ class State:
             if not writing.cancelled() and writing.exception() is None:
                 self.take(change, writing.result())
             raise
-        await self.step("commit.after")
         self.take(change, revision)
+        await self.step("commit.after")
 
     async def send(self, change: Change) -> int:
         """Commit a transaction, and remember if its outcome is not known."""

@@ -172,7 +172,14 @@ def clusters(tmp_path_factory) -> Iterator[Clusters]:
         yield cluster
 
 
-@pytest.fixture(params=BACKENDS.values(), ids=BACKENDS.keys())
+def marks(name: str) -> tuple[pytest.MarkDecorator, ...]:
+    """Return what a backend needs."""
+    return (pytest.mark.etcd,) if name.startswith("etcd") else ()
+
+
+@pytest.fixture(
+    params=[pytest.param(b, id=n, marks=marks(n)) for n, b in BACKENDS.items()]
+)
 async def doors(request, tmp_path, clusters) -> AsyncIterator[Doors]:
     """Open each backend in turn, empty."""
     async with request.param(tmp_path, clusters) as opened:

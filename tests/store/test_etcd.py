@@ -24,6 +24,8 @@ from cnmdriver.store.etcd.store import PAGE, EtcdStore
 from tests.store import etcd_server
 from tests.store.etcd_server import Cluster, Server
 
+pytestmark = pytest.mark.etcd
+
 Opened = Callable[[Options], EtcdStore]
 
 

@@ -24,6 +24,8 @@ from cnmdriver.store.etcd.store import EtcdStore
 from tests.store import etcd_server
 from tests.store.etcd_server import Cluster
 
+pytestmark = pytest.mark.etcd
+
 Opened = Callable[..., EtcdStore]
 PASSWORD = "s3cret-p4ss"
 NEW_KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")

@@ -49,7 +49,7 @@ def etcd(tmp_path_factory):
         yield cluster
 
 
-@pytest.fixture(params=["sqlite", "etcd"])
+@pytest.fixture(params=["sqlite", pytest.param("etcd", marks=pytest.mark.etcd)])
 async def backend(request, tmp_path):
     """Give an empty store."""
     opened: list[Store] = []
@@ -874,6 +874,7 @@ async def members(directory, host: str, cluster, first) -> AsyncIterator[Whole]:
         await store.close()
 
 
+@pytest.mark.etcd
 @pytest.mark.timeout(90)
 async def test_the_leader_stops_amid_commits(tmp_path):
     """What was sent to a leader that stops is written once: by it, or again, not both."""
