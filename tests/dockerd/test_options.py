@@ -210,8 +210,8 @@ def test_an_internal_network_has_no_use_for_a_gateway(scene: Scene) -> None:
 
 
 KNOWN = (
-    "pynet.bridge, pynet.gateway, pynet.host_binding, pynet.icc, pynet.masquerade, "
-    "pynet.mode, pynet.mtu, pynet.prefix"
+    "pynet.bridge, pynet.flood, pynet.gateway, pynet.host_access, pynet.host_binding, "
+    "pynet.icc, pynet.masquerade, pynet.mode, pynet.mtu, pynet.prefix"
 )
 
 

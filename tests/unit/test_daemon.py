@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from ipaddress import ip_address
 from pathlib import Path
 
 import aiohttp
@@ -21,6 +22,7 @@ from cnmdriver import daemon
 from cnmdriver.daemon import Daemon
 from cnmdriver.errors import InvalidParameter, StoreError
 from cnmdriver.settings import Settings
+from cnmdriver.store.etcd.store import EtcdStore
 from cnmdriver.store.sqlite import SqliteStore
 from tests.fakes import rig
 from tests.unit.calls import Docker
@@ -248,18 +250,44 @@ def test_a_boot_that_was_cut_off(tmp_path):
 
 def test_a_store_by_its_address(tmp_path):
     """The embedded store's address is an absolute path."""
-    store = daemon.open_store(f"sqlite://{tmp_path}/a.db")
+    given = Settings(store=f"sqlite://{tmp_path}/a.db")
+    store, members = daemon.open_store(given)
     assert isinstance(store, SqliteStore)
     assert store.path == tmp_path / "a.db"
+    assert members == ()
+
+
+async def test_a_shared_store_by_its_address():
+    """The shared store's address names its members; the settings reach it."""
+    given = Settings(
+        store="etcd://192.0.2.1,h2:23790",
+        store_prefix="/lab/",
+        store_user="u",
+        store_password_file="/p",
+    )
+    store, members = daemon.open_store(given)
+    assert isinstance(store, EtcdStore)
+    assert store.shared
+    assert members == ("192.0.2.1:2379", "h2:23790")
+    assert (store.options.prefix, store.options.user) == ("/lab/", "u")
+    assert store.options.password_file == Path("/p")
+    await store.close()
+
+
+async def test_members_have_addresses():
+    """Members are known by address; a name nobody knows is left out."""
+    members = ("127.0.0.1:1", "[::1]:2", "no-such-name.invalid:3")
+    found = await daemon.resolved(members)
+    assert found == (ip_address("127.0.0.1"), ip_address("::1"))
 
 
 @pytest.mark.parametrize(
-    "url", ["", "sqlite://", "sqlite://a.db", "/a.db", "redis://h", "SQLITE:///a.db"]
+    "url", ["sqlite://", "sqlite://a.db", "/a.db", "redis://h", "SQLITE:///a.db"]
 )
 def test_a_store_that_is_none(url):
     """Any other address is refused, and shown."""
     with pytest.raises(InvalidParameter) as refused:
-        daemon.open_store(url)
+        daemon.open_store(Settings(store=url))
     assert str(refused.value).startswith(f"store {url!r}: give ")
 
 
@@ -425,6 +453,7 @@ async def test_what_the_daemon_knows(short, docker, said):
             "pid": os.getpid(),
             "store": "sqlite:///a.db",
             "docker": said,
+            "hidden": False,
             "orphans": ["o"],
             "problems": ["p"],
         }

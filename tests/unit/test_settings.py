@@ -10,8 +10,9 @@ from cnmdriver.errors import InvalidParameter
 from cnmdriver.settings import Settings
 
 NAMES = (
-    "socket, state_dir, run_dir, store, host_name, docker, scope, default_pools, "
-    "grace, audit, log_format, log_level"
+    "socket, state_dir, run_dir, store, store_prefix, store_ca, store_cert, "
+    "store_key, store_user, store_password_file, host_name, vtep, vxlan_port, "
+    "namespace, docker, scope, default_pools, grace, audit, log_format, log_level"
 )
 
 
@@ -184,12 +185,29 @@ def test_seconds(value, seconds):
 
 @pytest.mark.parametrize(
     "value",
-    ["", "0", 0, -1, "-0.1", "nan", "inf", "-inf", float("inf"), "5s", [], {}, "x"],
+    ["", "0", 0, -1, "-0.1", "nan", "inf", "-inf", float("inf"), "5s", [], {}, "x"]
+    + [True],
 )
 def test_bad_seconds(value):
     """Whatever is no time to wait is refused with what it was."""
     assert refused({"grace": value}) == (
         f"--grace: grace must be seconds above 0, not {value!r}"
+    )
+
+
+@pytest.mark.parametrize("value", ["1", 4789, "65535"])
+def test_port(value):
+    """A port is a number, or its text."""
+    assert settings.load({"vxlan_port": value}, {}).vxlan_port == int(value)
+
+
+@pytest.mark.parametrize(
+    "value", ["", "0", 0, -1, 65536, "9" * 99, "x", True, "٣", 1.5]
+)
+def test_bad_port(value):
+    """Whatever is no port is refused with what it was."""
+    assert refused({"vxlan_port": value}) == (
+        f"--vxlan-port: vxlan_port must be a port from 1 to 65535, not {value!r}"
     )
 
 
@@ -205,7 +223,7 @@ def test_every_setting_has_help():
 def test_every_setting_comes_from_everywhere(tmp_path):
     """A setting's value may come from each of the three sources."""
     for name, found in settings.FIELDS.items():
-        text = "7.5" if isinstance(found.default, float) else "x"
+        text = {float: "7.5", int: "7"}.get(type(found.default), "x")
         text = found.metadata["choices"][-1] if found.metadata["choices"] else text
         given = settings.load({name: text}, {})
         assert given != Settings()
