@@ -57,7 +57,8 @@ test:
 bench:
 	@deploy/packages run lab
 	@deploy/venv
-	@exec $(AS_ROOT) $(BIN)/python -m tests.bench
+	@$(AS_ROOT) $(BIN)/python -m tests.bench
+	@$(AS_ROOT) $(BIN)/python -m tests.bench.remotes
 
 mutate: venv
 	@exec $(BIN)/python tests/mutate.py
