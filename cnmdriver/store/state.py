@@ -285,18 +285,23 @@ class State:
         If the store is away, what it changes of this host's own records goes to the
         outbox and is replayed; what hosts share is left to a later audit.
         """
+        if self.away is not None:
+            # Docker waits for each removal; what is known need not be found out again.
+            return await self.put_off(decision, self.away)
         try:
             return await self.commit(decision)
         except StoreError as error:
-            draft = Draft(self.view)
-            result = decision(draft)
-            change = own(draft.change())
-            log.warning(
-                "store.deferred", keys=sorted(change.written()), error=str(error)
-            )
-            if change:
-                await self.defer(change)
-            return result
+            return await self.put_off(decision, str(error))
+
+    async def put_off(self, decision: Decision[T], reason: str) -> T:
+        """Decide, and write what is this host's own when the store is back."""
+        draft = Draft(self.view)
+        result = decision(draft)
+        change = own(draft.change())
+        log.warning("store.deferred", keys=sorted(change.written()), error=reason)
+        if change:
+            await self.defer(change)
+        return result
 
     async def defer(self, change: Change) -> None:
         """Take a change into the view, and write it when the store is back."""

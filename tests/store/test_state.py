@@ -328,6 +328,19 @@ async def test_removing_without_the_store(one):
     assert await one.keys() == [ADDRESS]
 
 
+async def test_a_store_known_to_be_away_is_not_asked(one):
+    """While the store is away a removal waits for nothing; its return writes it."""
+    await one.state.commit(putting(ADDRESS, RESERVED))
+    one.state.note("no member answers")
+    asked = len(one.store.commits), len(one.store.reads)
+    await one.state.remove(deleting(ADDRESS))
+    assert (len(one.store.commits), len(one.store.reads)) == asked
+    assert one.state.view.get(Reservation, ADDRESS) is None
+    await one.state.catch_up()
+    assert one.state.away is None
+    assert await one.keys() == []
+
+
 async def test_only_own_records_are_deferred(one):
     """What hosts share is not written behind their backs; own records are."""
     network = Network(id="n", mode="bridge", subnets=(), mtu=1500)
