@@ -130,7 +130,7 @@ def host_ls(client: Client, *, as_json: bool) -> None:
     table.show(
         ("HOST", "ID", "VTEP", "STATE", "SINCE", "ENDPOINTS", "BEHIND"),
         [
-            (h["name"] + (" (this)" if h["here"] else ""), table.short(h["id"]))
+            (h["name"] + (" (this)" if h["here"] else ""), h["id"][:8])
             + (h["vtep"] or "-", h["state"], moment(h["since"]))
             + (h["endpoints"], h["behind"])
             for h in found
@@ -209,7 +209,7 @@ def ipam_ls(client: Client, *, as_json: bool) -> None:
 def held(address: Any) -> tuple[str, str, str, str]:
     """Return who has an address and how."""
     state = "bound" if address["bound"] else "provisional"
-    host = "this" if address["here"] else address["host"][:8]
+    host = "this" if address["here"] else address["host_name"]
     return (
         address["owner"] or "-",
         table.short(address["endpoint_id"]) or "-",

@@ -250,6 +250,7 @@ def address(site: Site, held: Reservation) -> Json:
         "gateway": held.gateway,
         "bound": held.bound,
         "host": held.host,
+        "host_name": claims.host_name(site.view, held.host),
         "here": held.host == site.host.id,
     }
 

@@ -126,6 +126,11 @@ def test_a_taken_address_is_refused_with_its_owner(cluster: Cluster) -> None:
     why = cluster.scenes[1].refused_run(name, "--ip", first.ip(name))
     assert first.ip(name) in why
     assert host in why
+    listed = cluster.scenes[1].host.pynet("ipam", "ls").stdout
+    (line,) = [
+        words for words in listed.splitlines() if words.startswith(first.ip(name))
+    ]
+    assert line.split()[-1] == host
 
 
 def test_internal_networks_lead_to_no_host(cluster: Cluster) -> None:
