@@ -408,8 +408,10 @@ async def test_a_full_store_still_deletes(opened, tmp_path):
         full = "cannot write to etcd: etcd is full: compact, defragment and `etcdctl"
         written = 0
         with pytest.raises(StoreError, match=full):
-            for written in range(100):
+            for written in range(500):
                 await store.commit(Change(puts={f"k{written}": b"x" * 50_000}))
+                # etcd looks at its file, which it writes ten times a second.
+                await asyncio.sleep(0.02)
         with pytest.raises(StoreError, match=full):
             await store.commit(Change(puts={"a": b"1"}, deletes=frozenset({"k0"})))
         with pytest.raises(StoreError, match="etcd is full"):
