@@ -14,7 +14,6 @@ import resource
 import secrets
 import signal
 import socket
-import stat
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
@@ -24,7 +23,6 @@ from ipaddress import ip_address
 from pathlib import Path
 
 import structlog
-from aiohttp import web
 
 from cnmdriver.admin.app import application as admin_application
 from cnmdriver.api import app as api
@@ -36,6 +34,7 @@ from cnmdriver.driver.network import NetworkDriver
 from cnmdriver.driver.site import Site
 from cnmdriver.driver.sync import Sync
 from cnmdriver.errors import DriverError, InvalidParameter, StoreError
+from cnmdriver.listening import listening, make_private
 from cnmdriver.model import Host, IPAddress
 from cnmdriver.plan import pools
 from cnmdriver.settings import Settings
@@ -340,14 +339,6 @@ def boot_id(path: Path) -> str:
     return fresh
 
 
-def make_private(directory: Path) -> None:
-    """Make a directory for root alone; raises InvalidParameter if that cannot be."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError as error:
-        raise InvalidParameter(f"cannot make directory {directory}: {error}") from None
-
-
 @contextlib.contextmanager
 def only_one() -> Iterator[None]:
     """
@@ -375,51 +366,6 @@ def owner() -> str:
             credentials = asking.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
             return str(int.from_bytes(credentials[:4], sys.byteorder))
     return "unknown"
-
-
-@asynccontextmanager
-async def listening(runner: web.AppRunner, path: Path) -> AsyncIterator[None]:
-    """Serve on a Unix socket for root alone; a stale one is replaced."""
-    await runner.setup()
-    try:
-        await start_site(runner, path)
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-    finally:
-        await runner.cleanup()
-
-
-async def start_site(runner: web.AppRunner, path: Path) -> None:
-    """Listen; raises InvalidParameter if something stands in the way."""
-    try:
-        clear_stale(path)
-        await web.UnixSite(runner, str(path)).start()
-        path.chmod(0o600)
-    except OSError as error:
-        raise InvalidParameter(f"cannot listen on {path}: {error}") from None
-
-
-def clear_stale(path: Path) -> None:
-    """Remove a socket nobody listens on; raises InvalidParameter for anything else."""
-    make_private(path.parent)
-    try:
-        mode = path.lstat().st_mode
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(mode):
-        raise InvalidParameter(f"{path} is in the way and no socket; remove it")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asking:
-        asking.settimeout(1)
-        try:
-            asking.connect(str(path))
-        except (ConnectionRefusedError, FileNotFoundError):
-            path.unlink(missing_ok=True)
-            return
-        except OSError:
-            log.debug("daemon.socket_busy", path=str(path))
-    raise InvalidParameter(f"another program listens on {path}; stop it first")
 
 
 @contextlib.contextmanager

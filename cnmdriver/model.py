@@ -63,6 +63,8 @@ class Network:
     """Whether broadcast and multicast go to all hosts of an overlay."""
     host_access: bool = False
     """Whether each host has an address of its own on an overlay."""
+    spoof: bool = False
+    """Whether containers may send from MACs and addresses that are not theirs."""
 
     def subnet_of(self, address: IPAddress) -> Subnet | None:
         """Return the subnet that holds the address."""

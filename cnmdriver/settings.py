@@ -68,6 +68,14 @@ class Settings:
     )
     grace: float = setting(60.0, "seconds before what nobody claims is given back")
     audit: float = setting(30.0, "seconds between two audits of the kernel")
+    dead_after: float = setting(
+        86400.0,
+        "seconds after which a host that is away counts as dead, and others give its "
+        "addresses out",
+    )
+    socket_group: str = setting(
+        "", "group that may use the plugin socket besides root; empty is none"
+    )
     log_format: str = setting(
         "auto", "auto is console on a terminal", "auto", "console", "json"
     )

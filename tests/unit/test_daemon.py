@@ -18,7 +18,7 @@ import pytest
 import structlog
 from aiohttp import web
 
-from cnmdriver import daemon
+from cnmdriver import daemon, listening
 from cnmdriver.daemon import Daemon
 from cnmdriver.errors import InvalidParameter, StoreError
 from cnmdriver.settings import Settings
@@ -29,7 +29,7 @@ from tests.unit.calls import Docker
 
 SECOND = """
 import sys
-from cnmdriver import daemon
+from cnmdriver import daemon, listening
 daemon.NAME = chr(0) + sys.argv[1]
 with daemon.only_one():
     print("held", flush=True)
@@ -134,7 +134,7 @@ def listener(path: Path, kind: int = socket.SOCK_STREAM) -> socket.socket:
 
 def test_nothing_in_the_way(path):
     """Where nothing is, only the directory is made, for its owner alone."""
-    daemon.clear_stale(path)
+    listening.clear_stale(path)
     assert list(path.parent.iterdir()) == []
     assert path.parent.stat().st_mode & 0o777 == 0o700
 
@@ -142,7 +142,7 @@ def test_nothing_in_the_way(path):
 def test_a_stale_socket_goes(path):
     """A socket whose program is gone is removed."""
     listener(path).close()
-    daemon.clear_stale(path)
+    listening.clear_stale(path)
     assert not path.exists()
 
 
@@ -152,7 +152,7 @@ def test_a_live_socket_stays(path):
         listener(path),
         pytest.raises(InvalidParameter, match=f"^another program listens on {path}; "),
     ):
-        daemon.clear_stale(path)
+        listening.clear_stale(path)
     assert path.exists()
 
 
@@ -163,7 +163,7 @@ def test_a_busy_socket_stays(path):
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as waiting:
             waiting.connect(str(path))
             with pytest.raises(InvalidParameter, match="another program listens"):
-                daemon.clear_stale(path)
+                listening.clear_stale(path)
     assert path.exists()
 
 
@@ -173,7 +173,7 @@ def test_a_socket_of_another_kind_stays(path):
         listener(path, socket.SOCK_DGRAM),
         pytest.raises(InvalidParameter, match="another program listens"),
     ):
-        daemon.clear_stale(path)
+        listening.clear_stale(path)
     assert path.exists()
 
 
@@ -183,7 +183,7 @@ def test_a_file_stays(path, make):
     path.parent.mkdir()
     make(path)
     with pytest.raises(InvalidParameter, match=f"^{path} is in the way and no socket"):
-        daemon.clear_stale(path)
+        listening.clear_stale(path)
     assert path.exists()
 
 
@@ -193,7 +193,7 @@ def test_a_symlink_stays(path, target):
     with listener(path.with_name("live.sock")):
         path.symlink_to(target)
         with pytest.raises(InvalidParameter, match="is in the way and no socket"):
-            daemon.clear_stale(path)
+            listening.clear_stale(path)
     assert path.is_symlink()
 
 
@@ -202,17 +202,17 @@ def test_no_directory(short):
     (short / "file").touch()
     path = short / "file" / "a.sock"
     with pytest.raises(InvalidParameter, match=f"cannot make directory {path.parent}"):
-        daemon.clear_stale(path)
+        listening.clear_stale(path)
 
 
 async def test_listening(path):
     """A socket is for its owner alone, replaces a stale one, and goes in the end."""
     listener(path).close()
-    async with daemon.listening(web.AppRunner(web.Application()), path):
+    async with listening.listening(web.AppRunner(web.Application()), path):
         assert path.is_socket()
         assert path.stat().st_mode & 0o777 == 0o600
         with pytest.raises(InvalidParameter, match="another program"):
-            daemon.clear_stale(path)
+            listening.clear_stale(path)
     assert not path.exists()
 
 
@@ -220,7 +220,7 @@ async def test_a_path_that_is_too_long(short):
     """A path that no socket can have is refused in words."""
     path = short / ("a" * 120)
     with pytest.raises(InvalidParameter, match=f"^cannot listen on {path}: "):
-        async with daemon.listening(web.AppRunner(web.Application()), path):
+        async with listening.listening(web.AppRunner(web.Application()), path):
             pass
 
 
@@ -393,8 +393,8 @@ async def served(short: Path, **given: str) -> AsyncIterator[tuple[Daemon, Docke
         parts.state.changed = whole.sync.wake
         stop = asyncio.Event()
         async with (
-            daemon.listening(whole.admin, short / "run" / "admin.sock"),
-            daemon.listening(whole.plugin, Path(whole.settings.socket)),
+            listening.listening(whole.admin, short / "run" / "admin.sock"),
+            listening.listening(whole.plugin, Path(whole.settings.socket)),
             asyncio.TaskGroup() as group,
         ):
             group.create_task(whole.until(stop))

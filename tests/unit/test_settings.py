@@ -12,7 +12,7 @@ from cnmdriver.settings import Settings
 NAMES = (
     "socket, state_dir, run_dir, store, store_prefix, store_ca, store_cert, "
     "store_key, store_user, store_password_file, host_name, vtep, vxlan_port, "
-    "namespace, docker, scope, default_pools, grace, audit, log_format, log_level"
+    "namespace, docker, scope, default_pools, grace, audit, dead_after, socket_group, log_format, log_level"
 )
 
 
