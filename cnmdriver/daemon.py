@@ -2,8 +2,9 @@
 The daemon: builds everything, starts it in order, and stops it in the other.
 
 Order of start: one daemon per network namespace; state; kernel brought into agreement;
-only then the sockets, so that Docker's first call finds all in place. Stopping closes
-the listeners, lets begun calls end, and leaves every network as it is.
+only then the sockets, so that Docker's first call finds all in place. A shared store
+that does not answer at once is not waited for: the daemon serves what it served before.
+Stopping closes the listeners, lets begun calls end, and leaves every network as it is.
 """
 
 import asyncio
@@ -24,11 +25,12 @@ from pathlib import Path
 
 import structlog
 
+from cnmdriver import failpoints
 from cnmdriver.admin.app import application as admin_application
 from cnmdriver.api import app as api
 from cnmdriver.dataplane.kernel import Kernel
 from cnmdriver.dockerapi import DockerApi
-from cnmdriver.driver.hosts import Hosts, Wish
+from cnmdriver.driver.hosts import Hosts
 from cnmdriver.driver.ipam import IpamDriver
 from cnmdriver.driver.network import NetworkDriver
 from cnmdriver.driver.site import Site
@@ -50,7 +52,13 @@ NAME = "\0pynet"
 BUSY = 2
 """Exit code for settings that cannot work, and for a second daemon."""
 PATIENCE = 20.0
-"""Seconds to wait at start for a store that does not answer yet."""
+"""Seconds to wait at start for an embedded store that another process still has."""
+WELCOME = 1.2
+"""Seconds in which a shared store should answer a daemon that starts."""
+RESOLVING = 0.5
+"""Seconds for the names of the store's members."""
+RETRY = 1.0
+"""Seconds before a shared store is tried again."""
 
 log = structlog.get_logger()
 
@@ -93,6 +101,7 @@ async def serve(settings: Settings) -> None:
         admin = Path(settings.run_dir, "admin.sock")
         # The first comparison can take longer than the lease.
         async with daemon.living():
+            await daemon.joined_soon()
             await daemon.sync.turn()
             with signals(stop):
                 async with (
@@ -126,6 +135,8 @@ class Daemon:
         self.site = site
         self.session = session
         self.hosts = hosts
+        self.joined = asyncio.Event()
+        """Set when this host has its place among the others, or needs none."""
         self.started = time.monotonic()
         networks = NetworkDriver(site, mode="overlay" if session else "bridge")
         self.remotes = networks.remotes
@@ -135,6 +146,7 @@ class Daemon:
         self.sync = Sync(
             site, networks, ipam, docker, grace=settings.grace, audit=settings.audit
         )
+        self.blocks = ipam.blocks
         self.remotes.alarm = self.sync.wake
         self.driver = Path(settings.socket).stem
         self.plugin = api.runner(
@@ -167,13 +179,50 @@ class Daemon:
 
     @asynccontextmanager
     async def living(self) -> AsyncIterator[None]:
-        """Keep this host's lease meanwhile; what ends that ends the daemon."""
+        """Keep this host in the store meanwhile; what ends that ends the daemon."""
         async with asyncio.TaskGroup() as group:
-            works = [] if self.session is None else [self.session.run()]
+            state = self.site.state
+            works = [state.follow(), state.remember()]
+            if self.session is not None and self.hosts is not None:
+                works += [self.session.run(), self.join(self.session, self.hosts)]
             loops = [group.create_task(work) for work in works]
             yield
             for task in loops:
                 task.cancel()
+        await state.keep()
+
+    async def join(self, session: Session, hosts: Hosts) -> None:
+        """Take this host's place among the others; raises Conflict if it cannot be."""
+        while not self.joined.is_set():
+            try:
+                await self.site.state.store.open()
+                await self.site.state.open()
+                await hosts.publish()
+                self.joined.set()
+            except StoreError as error:
+                self.site.state.note(str(error))
+                await asyncio.sleep(RETRY)
+            except DriverError:
+                await session.leave()
+                raise
+
+    async def joined_soon(self) -> None:
+        """Wait a moment for the store, and no longer: nobody waits for it."""
+        if self.hosts is None:
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(WELCOME):
+                await self.joined.wait()
+
+    def hear(self) -> None:
+        """Tell those who follow what other hosts do."""
+        self.remotes.wake()
+        self.blocks.wake()
+
+    async def serve_cluster(self, hosts: Hosts) -> None:
+        """Do what only a host among others does, once it is one."""
+        await self.joined.wait()
+        await hosts.run()
 
     async def until(self, stop: asyncio.Event) -> None:
         """Run the loops until the event; if one fails, all end and the daemon too."""
@@ -181,11 +230,10 @@ class Daemon:
             works = [
                 self.sync.run(),
                 self.sync.listen(self.driver),
-                self.site.state.follow(),
                 self.remotes.run(),
             ]
             if self.hosts is not None:
-                works.append(self.hosts.run())
+                works += [self.serve_cluster(self.hosts), self.blocks.run()]
             loops = [group.create_task(work) for work in works]
             await stop.wait()
             for task in loops:
@@ -194,16 +242,17 @@ class Daemon:
 
 async def build(settings: Settings, stack: AsyncExitStack) -> Daemon:
     """Open kernel and state; what was opened is closed with the stack."""
-    boot, local, kernel = await open_host(settings, stack)
+    step = failpoints.hook(os.environ, api.METHODS) or no_step
+    boot, local, kernel = await open_host(settings, stack, step)
     store, members = open_store(settings)
-    await patiently(store.open)
+    if not store.shared:
+        await patiently(store.open)
     stack.push_async_callback(store.close)
-    session = Session(store, local.host, boot) if store.shared else None
-    if session is not None:
-        await patiently(session.open)
+    session = None
+    if store.shared:
+        session = Session(store, local.host, boot, keep=settings.dead_after)
         stack.push_async_callback(session.rest)
-    state = State(store, local, no_step, lambda: None, session=session)
-    await patiently(state.open)
+    state = State(store, local, step, lambda: None, session=session)
     host = Host(
         id=local.host,
         name=settings.name,
@@ -214,12 +263,17 @@ async def build(settings: Settings, stack: AsyncExitStack) -> Daemon:
     site = Site(host=host, boot=boot, state=state, dataplane=kernel)
     if session is None:
         return await alone(settings, site)
-    wish = Wish(vtep=settings.vtep, towards=await resolved(members))
-    return await in_cluster(settings, session, Hosts(site, wish))
+    await state.load()
+
+    async def towards() -> tuple[IPAddress, ...]:
+        return await resolved(members)
+
+    hosts = Hosts(site, settings.vtep, towards)
+    return await in_cluster(settings, session, hosts)
 
 
 async def open_host(
-    settings: Settings, stack: AsyncExitStack
+    settings: Settings, stack: AsyncExitStack, step: failpoints.Step
 ) -> tuple[str, LocalDatabase, Kernel]:
     """Open what is this host's own: boot id, local database, kernel."""
     state_dir, run_dir = Path(settings.state_dir), Path(settings.run_dir)
@@ -235,7 +289,7 @@ async def open_host(
     await local.open()
     stack.push_async_callback(local.close)
     kernel = Kernel(
-        host=local.host, run_dir=run_dir, step=no_step, namespace=settings.namespace
+        host=local.host, run_dir=run_dir, step=step, namespace=settings.namespace
     )
     await kernel.open()
     stack.push_async_callback(kernel.close)
@@ -245,6 +299,7 @@ async def open_host(
 async def alone(settings: Settings, site: Site) -> Daemon:
     """Make the daemon of a host that has a store of its own."""
     host, state = site.host, site.state
+    await patiently(state.open)
     await state.commit(lambda draft: draft.put(records.host(host.id), host))
     daemon = Daemon(settings, site)
     state.changed = daemon.sync.wake
@@ -252,14 +307,10 @@ async def alone(settings: Settings, site: Site) -> Daemon:
 
 
 async def in_cluster(settings: Settings, session: Session, hosts: Hosts) -> Daemon:
-    """Make the daemon of a host among others; raises Conflict if it cannot be."""
-    try:
-        await hosts.publish()
-    except DriverError:
-        await session.leave()
-        raise
+    """Make the daemon of a host among others; it has yet to take its place."""
+    await hosts.look()
     daemon = Daemon(settings, hosts.site, session=session, hosts=hosts)
-    hosts.site.state.changed = daemon.remotes.wake
+    hosts.site.state.changed = daemon.hear
     hosts.moved = daemon.sync.wake
     return daemon
 
@@ -305,15 +356,18 @@ def open_store(settings: Settings) -> tuple[Store, tuple[str, ...]]:
 
 
 async def resolved(members: Iterable[str]) -> tuple[IPAddress, ...]:
-    """Return the addresses of etcd's members, as far as their names are known."""
+    """Return the addresses of etcd's members, as far as their names are known soon."""
     loop = asyncio.get_running_loop()
+    names = [member.rpartition(":")[0].strip("[]") for member in members]
+    asked = [
+        asyncio.ensure_future(loop.getaddrinfo(n, None, type=socket.SOCK_STREAM))
+        for n in names
+    ]
+    await asyncio.wait(asked, timeout=RESOLVING)
     found: dict[IPAddress, None] = {}
-    for member in members:
-        name = member.rpartition(":")[0].strip("[]")
-        with contextlib.suppress(OSError, TimeoutError):
-            async with asyncio.timeout(2):
-                answers = await loop.getaddrinfo(name, None, type=socket.SOCK_STREAM)
-            for *_, place in answers:
+    for task in asked:
+        if not task.cancel() and task.exception() is None:
+            for *_, place in task.result():
                 found[ip_address(str(place[0]).partition("%")[0])] = None
     return tuple(found)
 

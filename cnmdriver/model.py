@@ -130,9 +130,17 @@ class Reservation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
-    """A part of a pool whose addresses only one host gives out."""
+    """
+    A part of a pool whose addresses only one host gives out, also without the store.
+
+    Others ask it for what is `wanted`; what is `lent` is given out as if it lay in no
+    block. The block ends with its owner's part in the network, or when one asks and the
+    owner uses nothing of it.
+    """
 
     host: str
+    wanted: tuple[IPAddress, ...] = ()
+    lent: tuple[IPAddress, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -241,6 +249,13 @@ class Fence:
 
     instance: str
     count: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Knock:
+    """Asks, in a host's name, whether another machine is alive as that host."""
+
+    instance: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -265,8 +265,9 @@ async def cluster(
             rigs.append(await on_store(stack, Shared(store, delay), path, host))
             await announce(rigs[-1])
         for one in rigs:
-            task = asyncio.create_task(one.state.follow())
-            stack.push_async_callback(ended, task)
+            one.state.changed = one.ipam.blocks.wake
+            for work in (one.state.follow(), one.ipam.blocks.run()):
+                stack.push_async_callback(ended, asyncio.create_task(work))
         yield rigs
 
 

@@ -7,6 +7,7 @@ not always does.
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import msgspec
 import structlog
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 from structlog.contextvars import bind_contextvars, clear_contextvars
 
 from cnmdriver.api import wire
@@ -38,6 +40,7 @@ KEEP_ALIVE = 24 * 3600.0
 
 API_CALL = "api.call"
 API_BUG = "api.bug"
+API_GARBAGE = "api.garbage"
 _FACTS = {
     "network_id": ("network", 12),
     "endpoint_id": ("endpoint", 12),
@@ -378,23 +381,46 @@ def runner(app: web.Application) -> web.AppRunner:
     Make the server of an application; the caller opens the sockets.
 
     A client that goes away does not cancel its call: a Join stopped half-way helps
-    nobody, and Docker would not hear of it.
+    nobody, and Docker would not hear of it. Idle clients are kept, as Docker is one.
     """
     return web.AppRunner(
         app,
         access_log=None,
         handler_cancellation=False,
         keepalive_timeout=KEEP_ALIVE,
+        # Docker compresses nothing, and a small body could become a large one.
+        auto_decompress=False,
+        logger=_server_log(),
     )
+
+
+def _server_log() -> logging.Logger:
+    """Make the log of the HTTP server itself: no trace for what a client did."""
+    server = logging.getLogger("cnmdriver.http")
+    server.handlers = [_ServerLog(logging.WARNING)]
+    server.propagate = False
+    return server
+
+
+class _ServerLog(logging.Handler):
+    """Tells of requests that were no HTTP, and of the server's own faults."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, HttpProcessingError):
+            log.info(API_GARBAGE, error=repr(error.message[:80]))
+        else:
+            log.error(API_BUG, error=record.getMessage(), exc_info=error)
 
 
 def _handler(
     name: str, method: Method[M], doors: Doors, limit: float
 ) -> Callable[[web.Request], Awaitable[web.Response]]:
     async def handle(request: web.Request) -> web.Response:
+        body = await _body(request, limit)
         try:
             async with asyncio.timeout(limit) as clock:
-                call = wire.decode(method.request, await _body(request))
+                call = wire.decode(method.request, body)
                 bind_contextvars(**_facts(call))
                 return _response(200, await method.answer(doors, call))
         except TimeoutError as error:
@@ -412,11 +438,20 @@ class _TooSlow(DriverError):
     """A call that took too long."""
 
 
-async def _body(request: web.Request) -> bytes:
+async def _body(request: web.Request, limit: float) -> bytes:
+    length = request.content_length or 0
+    if length > LARGEST_BODY:
+        # What is said to be too much need not be read to be refused.
+        raise web.HTTPRequestEntityTooLarge(LARGEST_BODY, length)
     try:
-        return await request.read()
+        async with asyncio.timeout(limit):
+            return await request.read()
     except (ConnectionError, web.RequestPayloadError) as error:
         raise InvalidParameter("cannot read the request: it broke off") from error
+    except TimeoutError as error:
+        raise InvalidParameter(
+            f"cannot read the request: it did not arrive within {limit:g} s"
+        ) from error
 
 
 def _facts(call: wire.Message) -> dict[str, str]:

@@ -27,6 +27,8 @@ from cnmdriver.plan.ops import HOST, Element, Key, Op, Plan, Table
 
 LIBRARY = "libnftables.so.1"
 JSON = 1 << 4
+NAME = "pynet"
+"""What a table of ours is called, in whichever family."""
 MARK = re.compile(r"text_[0-9a-f]+")
 SETS = re.compile(r"^\s*(?:set|map)\s+(\w+)\s*{", re.MULTILINE)
 WORD = re.compile(r"""[\w.:/-]+|"[^\s"{};\\]{1,15}\"""")
@@ -106,13 +108,17 @@ class Firewall:
     def __init__(self, nft: Nft, where: str = HOST) -> None:
         self._nft = nft
         self._where = where
-        self._have: dict[Key, Element] | None = None
+        self._families = ("bridge", "inet") if where == HOST else ("bridge",)
+        self._have: dict[Key, Element] = {}
+        self._read: set[tuple[str, str]] = set()
+        """Family and name of the tables that `_have` is true of."""
         self._new: list[Element] = []
         self._gone: list[Element] = []
 
     def begin(self) -> None:
         """Begin a plan: what was read for an earlier one may be true no more."""
-        self._have = None
+        self._have = {}
+        self._read = set()
         self._new, self._gone = [], []
 
     async def end(self) -> None:
@@ -126,37 +132,39 @@ class Firewall:
         change = _Change()
         for table in only(ops, Table):
             await self._add_table(table, change)
-        if self._have is None:
+        if not self._read:
             try:
                 await self._commit(change.creating(elements.values()), undo)
             except Refused:
-                self._have = await self._elements_of(elements.values())
+                await self._read_for(elements.values())
                 if not self._have:
                     raise
-        if self._have is not None:
+        if self._read:
+            await self._read_for(elements.values())
             await self._commit(change.exchanging(elements, self._have), undo)
             self._have.update(elements)
 
     async def clear(self, ops: Plan) -> None:
         """Remove elements, then tables, in one transaction."""
         elements, tables = _distinct(only(ops, Element)), only(ops, Table)
-        if self._have is None:
+        if not self._read:
             try:
                 await self._commit(_removal(elements.values(), tables), [])
+                return
             except Refused:
-                self._have = await self._elements_of(elements.values())
-        if self._have is not None:
-            here = [op for op in elements.values() if self._have.pop(op.key, None)]
-            exist = [t for t in tables if await self._mark(t) is not None]
-            await self._commit(_removal(here, exist), [])
+                pass
+        await self._read_for((*elements.values(), *tables))
+        here = [op for op in elements.values() if self._have.pop(op.key, None)]
+        exist = [t for t in tables if await self._mark(t) is not None]
+        await self._commit(_removal(here, exist), [])
 
     async def found(self, wanted: Plan, devices: Plan) -> Plan:
         """Return the table, if it is there, and all elements."""
         del devices
         tables = {(op.family, op.name) for op in only(wanted, Table)}
-        usual = ("inet" if self._where == HOST else "bridge", "pynet")
+        tables |= {(family, NAME) for family in self._families}
         found: list[Op] = []
-        for family, name in sorted(tables | {usual}):
+        for family, name in sorted(tables):
             table = Table(
                 where=self._where, family=family, name=name, mark="", text=None
             )
@@ -165,6 +173,21 @@ class Firewall:
                 elements = (await self._elements(family, name)).values()
                 found += [_marked(table, mark), *elements]
         return tuple(found)
+
+    async def drops(self) -> dict[str, int]:
+        """
+        Count the packets that our tables dropped as nobody may send them, by kind.
+
+        A count begins anew with its table.
+        """
+        what = "reading the firewall's counters"
+        text = await self._nft.run(what, "list counters", flags=JSON)
+        listed = (item.get("counter") for item in json.loads(text)["nftables"])
+        return {
+            counter["name"]: counter["packets"]
+            for counter in listed
+            if counter and counter["table"] == NAME
+        }
 
     async def _mark(self, table: Table) -> str | None:
         """Return the mark of the table's text, None if there is no such table."""
@@ -181,7 +204,7 @@ class Firewall:
             return
         change.first.append(table.text or "")
         change.back.append(f"delete table {table.family} {table.name}")
-        self._have = self._have or {}
+        self._read.add((table.family, table.name))
         if mark is None:
             return
         what, place = "reading the firewall", f"{table.family} {table.name}"
@@ -212,11 +235,14 @@ class Firewall:
         self._new += change.new
         self._gone += change.gone
 
-    async def _elements_of(self, ops: Iterable[Element]) -> dict[Key, Element]:
-        found: dict[Key, Element] = {}
-        for family, table in {(op.family, op.table) for op in ops}:
-            found.update(await self._elements(family, table))
-        return found
+    async def _read_for(self, ops: Iterable[Element | Table]) -> None:
+        """Read what tables have that elements are for, unless that was done."""
+        places = {
+            (op.family, op.table if isinstance(op, Element) else op.name) for op in ops
+        }
+        for family, table in places - self._read:
+            self._have.update(await self._elements(family, table))
+            self._read.add((family, table))
 
     async def _elements(self, family: str, table: str) -> Elements:
         try:
@@ -340,6 +366,14 @@ def _word(part: Any, kind: str, *, prefixes: bool) -> str:
             return f"{first}-{last}"
         case str(), "ipv4_addr" | "ipv6_addr":
             return str(ip_network(part) if prefixes else ip_address(part))
+    return _number(part, kind)
+
+
+def _number(part: Any, kind: str) -> str:
+    match part, kind:
+        case _, "integer":
+            # What is too long for JSON is printed as text, in hex.
+            return hex(int(str(part), 0))
         case int(), "inet_proto":
             # Names come from a file that a small system may lack.
             return PROTOCOLS.get(part, str(part))

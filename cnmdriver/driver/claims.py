@@ -11,10 +11,11 @@ the gateway, and what a created network reserves.
 
 import secrets
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from ipaddress import ip_network
 from itertools import islice
 
-from cnmdriver.errors import Conflict, Exhausted
+from cnmdriver.errors import Conflict, Exhausted, StoreError
 from cnmdriver.model import (
     Block,
     Endpoint,
@@ -140,10 +141,13 @@ def drop(draft: Draft, pool: Pool) -> None:
 
 
 def vacate(draft: Draft, host: str, pool: Pool) -> None:
-    """Give back the addresses a host still has in a pool, but for the pool's own."""
+    """Give back what a host still has of a pool, but for the pool's own addresses."""
     for held in reservation(draft, pool):
         if held.host == host and not held.gateway and not is_fixed(draft, pool, held):
             draft.delete(records.address(pool.space, pool.cidr, held.ip))
+    for span, block in blocks(draft, pool):
+        if block.host == host:
+            draft.delete(records.block(pool.space, pool.cidr, span))
 
 
 def taken(view: Draft | View, space: str | None = None) -> dict[IPNetwork, str]:
@@ -225,20 +229,102 @@ def choose(
     numbers = {int(r.ip) for r in reservation(draft, pool)}
     numbers |= {int(ip) for ip in fixed(draft, pool)}
     numbers |= spoken_for(draft, pool)
-    free = (
-        ip
-        for ip in pools.candidates(pool.cidr, sub, numbers)
-        if block_of(draft, pool, ip) in ("", host)
-    )
-    chosen = picker.pick(free)
+    if draft.alone:
+        chosen = picker.pick(in_own_blocks(draft, pool, sub, host, numbers))
+        if chosen is None:
+            raise StoreError(
+                f"no address of pool {sub or pool.cidr} is free in the blocks that "
+                f"this host gives out by itself; {draft.alone}"
+            )
+        return chosen
+    theirs = closed(draft, pool, host)
+    every = pools.candidates(pool.cidr, sub, numbers)
+    chosen = picker.pick(ip for ip in every if theirs.open(ip))
     if chosen is None:
         first, last = pools.window(pool.cidr, sub)
-        raise Exhausted(
+        raise NoneFree(
             f"pool {sub or pool.cidr} has no free address: "
-            f"{sum(first <= n <= last for n in numbers)} taken of {last - first + 1}; "
-            "remove containers, or use a larger --subnet"
+            f"{sum(first <= n <= last for n in numbers)} taken of {last - first + 1}"
+            f"{theirs.count(first, last)}; remove containers, or use a larger --subnet",
+            wanted=next(pools.candidates(pool.cidr, sub, numbers), None),
         )
     return chosen
+
+
+class NoneFree(Exhausted):
+    """A pool has no address for this host; `wanted` is one that another may give."""
+
+    def __init__(self, text: str, *, wanted: IPAddress | None) -> None:
+        """Keep the address."""
+        super().__init__(text)
+        self.wanted = wanted
+
+
+class Elsewhere(Conflict):
+    """An address lies in another host's block, which must be asked for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """The blocks of other hosts in a pool."""
+
+    bits: int
+    """How many bits of an address tell its place in a block."""
+    numbers: frozenset[int]
+    lent: frozenset[IPAddress]
+
+    def open(self, ip: IPAddress) -> bool:
+        """Tell whether an address is for all."""
+        return int(ip) >> self.bits not in self.numbers or ip in self.lent
+
+    def count(self, first: int, last: int) -> str:
+        """Say how much of a pool they are."""
+        here = [n for n in self.numbers if first >> self.bits <= n <= last >> self.bits]
+        return f", {len(here) << self.bits} in blocks of other hosts" if here else ""
+
+
+def closed(draft: Draft, pool: Pool, host: str) -> Closed:
+    """Find the blocks of other hosts."""
+    theirs = {span: b for span, b in blocks(draft, pool) if b.host != host}
+    length = pools.block_length(pool.cidr)
+    bits = pool.cidr.max_prefixlen - length
+    return Closed(
+        bits=bits,
+        numbers=frozenset(int(span.network_address) >> bits for span in theirs),
+        lent=frozenset(ip for block in theirs.values() for ip in block.lent),
+    )
+
+
+def blocks(view: Draft | View, pool: Pool) -> list[tuple[IPNetwork, Block]]:
+    """Return the blocks of a pool that have owners, lowest first."""
+    prefix = records.blocks(pool.space, pool.cidr)
+    found = [
+        (ip_network(key.removeprefix(prefix)), record)
+        for key, record in view.pairs(prefix)
+        if isinstance(record, Block)
+    ]
+    return sorted(found, key=lambda pair: int(pair[0].network_address))
+
+
+def in_own_blocks(
+    draft: Draft, pool: Pool, sub: IPNetwork | None, host: str, numbers: set[int]
+) -> Iterator[IPAddress]:
+    """Yield what is free of the blocks that a host surely has, lowest first."""
+    for span, block in blocks(draft, pool):
+        if block.host == host and certain(draft.view, pool, span):
+            for ip in pools.candidates(pool.cidr, span, numbers):
+                if ip not in block.lent and (sub is None or ip in sub):
+                    yield ip
+
+
+def certain(view: View, pool: Pool, span: IPNetwork) -> bool:
+    """
+    Tell whether all that others took of a block before it had its owner is known.
+
+    That is so once everything was read after it was taken.
+    """
+    key = records.block(pool.space, pool.cidr, span)
+    return 0 < view.seen(key) <= view.listed
 
 
 def spoken_for(draft: Draft, pool: Pool) -> set[int]:
@@ -250,21 +336,26 @@ def spoken_for(draft: Draft, pool: Pool) -> set[int]:
     return {int(mac[4:], 16) for mac in macs if mac.startswith("0242")}
 
 
-def block_of(draft: Draft, pool: Pool, ip: IPAddress) -> str:
-    """Return the host that has the block of an address, "" for nobody."""
-    key = records.block(pool.space, pool.cidr, pools.block(pool.cidr, ip))
-    block = draft.view.get(Block, key)
-    return block.host if block is not None else ""
-
-
 def check_block(draft: Draft, pool: Pool, wish: Reservation) -> None:
-    """Raise Conflict if another host gives out an address's block, now or meanwhile."""
+    """
+    Raise Elsewhere if another host gives out an address's block, now or meanwhile.
+
+    Without the store only what is surely this host's passes; else raises StoreError.
+    """
     span = pools.block(pool.cidr, wish.ip)
     block = draft.get(Block, records.block(pool.space, pool.cidr, span))
-    if block is not None and block.host != wish.host:
-        raise Conflict(
+    lent = block is not None and wish.ip in block.lent
+    own = block is not None and block.host == wish.host and not lent
+    if draft.alone and not (own and certain(draft.view, pool, span)):
+        raise StoreError(
+            f"address {wish.ip} is in no block that this host gives out by itself; "
+            f"{draft.alone}"
+        )
+    if block is not None and not own and not lent:
+        raise Elsewhere(
             f"address {wish.ip} lies in block {span}, whose addresses host "
-            f"{host_name(draft, block.host)} gives out; choose another address"
+            f"{host_name(draft, block.host)} gives out, which does not give this one; "
+            "choose another address"
         )
 
 

@@ -7,12 +7,12 @@ published stands in nobody's way.
 """
 
 import asyncio
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 
 import structlog
 
-from cnmdriver.driver.site import Dataplane, Site
+from cnmdriver.driver.site import Site
 from cnmdriver.errors import Conflict, DriverError
 from cnmdriver.model import Alive, Host, IPAddress, Underlay, Watermark
 from cnmdriver.store import records
@@ -24,23 +24,50 @@ EVERY = 2.0
 log = structlog.get_logger()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wish:
-    """What the user said of the tunnels, and where the store is."""
-
-    vtep: str = ""
-    towards: tuple[IPAddress, ...] = ()
+async def nowhere() -> tuple[IPAddress, ...]:
+    """Know of no place to go to."""
+    return ()
 
 
 class Hosts:
     """Publishes this host, and keeps what it publishes true."""
 
-    def __init__(self, site: Site, wish: Wish) -> None:
-        """Take the site, and what is wished of the tunnels."""
+    def __init__(
+        self,
+        site: Site,
+        wish: str = "",
+        towards: Callable[[], Awaitable[tuple[IPAddress, ...]]] = nowhere,
+    ) -> None:
+        """Take what the user said of the tunnels, and what finds the store's place."""
         self.site = site
         self.wish = wish
+        self.towards = towards
+        self.targets: tuple[IPAddress, ...] = ()
         self.moved: Callable[[], None] = lambda: None
         """Called when the tunnels have another address: devices must be made anew."""
+
+    async def look(self) -> None:
+        """
+        Find this host's tunnel address; the one it had before will do.
+
+        Raises InvalidParameter if there is none.
+        """
+        site = self.site
+        known = site.view.get(Host, records.host(site.host.id))
+        if known is None or known.vtep is None or self.wish:
+            site.host = placed(site.host, await self.find())
+            return
+        try:
+            found = await site.dataplane.underlay(str(known.vtep), ())
+        except DriverError:
+            found = await self.find()
+        site.host = placed(site.host, found)
+
+    async def find(self) -> Underlay:
+        """Find the address of this host's tunnels."""
+        if not self.targets and not self.wish:
+            self.targets = await self.towards()
+        return await self.site.dataplane.underlay(self.wish, self.targets)
 
     async def publish(self) -> bool:
         """
@@ -49,8 +76,7 @@ class Hosts:
         Raises Conflict if another live host stands in the way, InvalidParameter if
         there is no such address here.
         """
-        found = await find(self.site.dataplane, self.wish)
-        host = placed(self.site.host, found)
+        host = placed(self.site.host, await self.find())
         await self.site.state.relist()
         known = self.site.view.get(Host, records.host(host.id))
 
@@ -87,16 +113,11 @@ class Hosts:
 
     async def follow(self) -> None:
         """Publish the address anew if it is another."""
-        found = await find(self.site.dataplane, self.wish)
+        found = await self.find()
         if placed(self.site.host, found) != self.site.host:
             log.info("host.moved", address=str(found.address))
             await self.publish()
             self.moved()
-
-
-async def find(dataplane: Dataplane, wish: Wish) -> Underlay:
-    """Find the address of this host's tunnels."""
-    return await dataplane.underlay(wish.vtep, wish.towards)
 
 
 def placed(host: Host, found: Underlay) -> Host:

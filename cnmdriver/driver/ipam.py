@@ -25,7 +25,8 @@ from typing import Protocol
 import structlog
 
 from cnmdriver.driver import claims
-from cnmdriver.driver.claims import Picker
+from cnmdriver.driver.blocks import Blocks
+from cnmdriver.driver.claims import Elsewhere, NoneFree, Picker
 from cnmdriver.driver.site import Site
 from cnmdriver.errors import Conflict, Exhausted, InvalidParameter, NotFound
 from cnmdriver.model import (
@@ -92,6 +93,7 @@ class IpamDriver:
         self.site = site
         self.ranges = tuple(ranges)
         self.endpoints = endpoints
+        self.blocks = Blocks(site)
         self.lock = asyncio.Lock()
 
     async def request_pool(
@@ -297,9 +299,22 @@ class IpamDriver:
             self.take(draft, pool, wish)
             return wish.ip
 
-        async with self.lock:
-            chosen = await self.site.state.commit(decide)
+        try:
+            async with self.lock:
+                chosen = await self.site.state.commit_own(decide)
+        except (Elsewhere, NoneFree) as refusal:
+            wanted = refusal.wanted if isinstance(refusal, NoneFree) else address
+            if wanted is None or not await self.ask(identity, wanted):
+                raise
+            async with self.lock:
+                chosen = await self.site.state.commit_own(decide)
         return interface(chosen, identity.pool)
+
+    async def ask(self, identity: PoolId, wanted: IPAddress) -> bool:
+        """Ask another host for an address of its block; tell if it may be had now."""
+        key = records.pool(identity.space, identity.pool)
+        pool = self.site.view.get(Pool, key)
+        return pool is not None and await self.blocks.ask(pool, wanted)
 
     def settled(
         self, draft: Draft, pool: Pool, wish: Reservation, *, named: bool
@@ -366,10 +381,10 @@ class IpamDriver:
 
     def take(self, draft: Draft, pool: Pool, wish: Reservation) -> None:
         """Write a reservation; it must not be another's, nor its block."""
-        claims.check_block(draft, pool, wish)
         key = records.address(pool.space, pool.cidr, wish.ip)
         held = draft.get(Reservation, key)
         if held is None:
+            claims.check_block(draft, pool, wish)
             draft.put(key, wish)
         elif not same_wish(held, wish, pool):
             raise self.taken(wish, self.who(draft, held))
@@ -500,7 +515,7 @@ def read_request(
             )
     if pool is None and sub is not None:
         raise InvalidParameter(f"--ip-range {sub} needs a --subnet that holds it")
-    if pool is not None and sub is not None and not inside(sub, pool):
+    if pool is not None and sub is not None and not pools.inside(sub, pool):
         raise InvalidParameter(f"--ip-range {sub} is not inside --subnet {pool}")
     name = options.get("pynet.space", space)
     if not SPACE.fullmatch(name):
@@ -513,13 +528,4 @@ def read_request(
         sub=sub,
         network=options.get("pynet.network", ""),
         version=version,
-    )
-
-
-def inside(part: IPNetwork, whole: IPNetwork) -> bool:
-    """Tell whether a network is a part of another."""
-    return (
-        part.version == whole.version
-        and part.prefixlen >= whole.prefixlen
-        and part.network_address in whole
     )

@@ -13,7 +13,7 @@ from ipaddress import IPv4Interface, IPv6Interface
 
 import structlog
 
-from cnmdriver.driver import claims
+from cnmdriver.driver import blocks, claims
 from cnmdriver.driver.claims import Picker
 from cnmdriver.driver.site import Site
 from cnmdriver.errors import Conflict, Exhausted, InvalidParameter
@@ -35,7 +35,10 @@ from cnmdriver.store.view import Draft
 
 VNIS = range(10_000_000, 1 << 24)
 """VXLAN network identifiers pynet uses (24 bits, RFC 7348); Docker has lower ones."""
-SHARED = ("mode", "mtu", "gateway", "icc", "masquerade", "flood", "host_access")
+SHARED = (
+    *("mode", "mtu", "gateway", "icc", "masquerade"),
+    *("flood", "host_access", "spoof"),
+)
 """Options that all hosts of a network have in common."""
 LEAST_MTU6 = 1280
 """RFC 8200, section 5."""
@@ -132,6 +135,9 @@ class Joining:
             check_routes(network, around.routes)
         draft.put(records.network(network.id), network)
         member = self.bind_pools(draft, network, member, found)
+        draft.put(records.member(network.id, member.host), member)
+        if self.site.state.store.shared:
+            self.take_blocks(draft, member, found)
         if network.host_access:
             member = self.take_addresses(draft, member, found, pickers)
         draft.put(records.member(network.id, member.host), member)
@@ -256,6 +262,7 @@ class Joining:
             gateway=options.gateway_of(chosen, mode),
             flood=bool(chosen.flood),
             host_access=bool(chosen.host_access),
+            spoof=bool(chosen.spoof),
         )
         # A record whose last member could not delete it, as the store was away.
         claims.forget(draft, network.id)
@@ -351,6 +358,13 @@ class Joining:
         known = draft.get(Member, records.member(network.id, member.host))
         rest = known.claims if known is not None else ()
         return replace(member, claims=tuple(dict.fromkeys((*held, *rest))))
+
+    def take_blocks(self, draft: Draft, member: Member, found: Found) -> None:
+        """Take this host's first blocks: addresses given out later come from them."""
+        for _, pool in found:
+            bound = replace(pool, network=member.network, claimed=True)
+            for part in blocks.parts(member, bound):
+                blocks.take(draft, member.host, bound, part)
 
     def take_addresses(
         self, draft: Draft, member: Member, found: Found, pickers: Mapping[int, Picker]

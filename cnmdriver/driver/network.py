@@ -165,7 +165,7 @@ class NetworkDriver:
             before = self.find(docker_id, endpoint_id)
             await self.remove_forgotten(network, endpoint)
             try:
-                await self.site.state.commit(
+                await self.site.state.commit_own(
                     lambda draft: self.take_place(draft, network, endpoint)
                 )
                 await self.remotes.carry(network.id)
@@ -244,7 +244,7 @@ class NetworkDriver:
         can meet another, so that only it is news to all that take one.
         """
         spaces = sorted(p.space for p in claims.pools_of(draft, network.id))[:1]
-        if endpoint.user_mac:
+        if endpoint.user_mac and not draft.alone:
             claims.touch(draft, spaces)
         for space in spaces:
             draft.get(Space, records.space(space))
@@ -405,7 +405,7 @@ class NetworkDriver:
 
     async def put(self, endpoint: Endpoint) -> None:
         """Write this host's own endpoint."""
-        await self.site.state.commit(lambda draft: self.write(draft, endpoint))
+        await self.site.state.commit_own(lambda draft: self.write(draft, endpoint))
 
     def write(self, draft: Draft, endpoint: Endpoint) -> None:
         """Write an endpoint into a draft."""

@@ -109,7 +109,7 @@ class Publisher:
     async def change(self, before: Endpoint, after: Endpoint) -> None:
         """Change what an endpoint publishes, in the store and then in the kernel."""
         key = records.endpoint(after.network, after.id)
-        await self.site.state.commit(lambda draft: draft.put(key, after))
+        await self.site.state.commit_own(lambda draft: draft.put(key, after))
         await self.site.clear(self.gone(before, after))
         await self.site.dataplane.apply(self.site.endpoint_plan(after))
 

@@ -1,7 +1,8 @@
 """
 Remotes: what this host's kernel knows of the other hosts' endpoints.
 
-Each record of another host calls for a few forwarding entries here. What was written is
+Each record of another host calls for a few forwarding entries here, and each host for
+an element that lets its tunnels in, alive or not. What was written is
 remembered by record, so that a change of one record costs the same however many there
 are. Order is the store's: entries follow from the view as it is now, whichever way the
 news came. A host that has nothing on a network carries none of its entries.
@@ -16,6 +17,7 @@ import structlog
 from cnmdriver.driver.site import Site
 from cnmdriver.errors import DriverError, KernelError
 from cnmdriver.model import Endpoint, IPAddress, Member, Watermark
+from cnmdriver.plan import firewall
 from cnmdriver.plan.ops import Key, Op, Plan
 from cnmdriver.store import records
 from cnmdriver.store.view import Draft
@@ -39,6 +41,8 @@ class Touched:
     """All records on these."""
     hosts: set[str] = field(default_factory=set)
     """All records of these."""
+    members: bool = False
+    """Whether it is about which hosts there are."""
 
 
 class Remotes:
@@ -47,6 +51,7 @@ class Remotes:
     def __init__(self, site: Site) -> None:
         """Know of no record yet."""
         self.site = site
+        self.feed = site.view.feed()
         self.lock = asyncio.Lock()
         self.news = asyncio.Event()
         self.ahead = asyncio.Event()
@@ -121,7 +126,7 @@ class Remotes:
         """
         try:
             async with self.lock:
-                await self.follow(self.site.view.drain())
+                await self.follow(self.feed.drain())
                 if again:
                     await self.follow(list(map(records.network, self.amiss)))
         except DriverError as error:
@@ -134,7 +139,7 @@ class Remotes:
         Raises KernelError if the kernel does not take them.
         """
         async with self.lock:
-            fresh = set(self.site.view.drain())
+            fresh = set(self.feed.drain())
             if network in self.amiss:
                 fresh.add(records.network(network))
             await self.follow(fresh)
@@ -146,6 +151,8 @@ class Remotes:
         for key in fresh:
             self.sort(key, touched)
         keys = {*touched.keys, *self.concerned(touched)}
+        if touched.members or touched.networks:
+            keys |= self.hosts()
         try:
             plans = await self.wanted(keys)
             if await self.write(plans):
@@ -170,6 +177,7 @@ class Remotes:
         elif kind == "members":
             touched.keys.add(key)
         elif kind in {"hosts", "alive"}:
+            touched.members |= kind == "hosts"
             self.locate(rest, touched)
 
     def count(self, key: str, network: str, touched: Touched) -> None:
@@ -207,16 +215,37 @@ class Remotes:
                         if getattr(known.record, "host", "") in touched.hosts:
                             yield key
 
+    def hosts(self) -> set[str]:
+        """
+        Return the keys of all hosts that are or were known.
+
+        Of two hosts with one address, one may go: it stays the other's.
+        """
+        known = {key for key, _ in self.site.view.pairs("hosts/")}
+        return known | set(filter(is_host, self.plans))
+
     async def wanted(self, keys: set[str]) -> dict[str, Plan]:
         """Return what records call for, the latest last; nothing if not needed here."""
+        hosts = set(filter(is_host, keys))
+        plans = self.members(hosts)
+        keys = keys - hosts
         carried = {network: self.carries(network) for network in map(network_of, keys)}
-        plans = {}
         for count, key in enumerate(sorted(keys, key=self.site.view.seen), 1):
             found = carried[network_of(key)]
             plans[key] = self.site.source_plan(key) if found else ()
             if count % BREATH == 0:
                 await asyncio.sleep(0)
         return plans
+
+    def members(self, keys: set[str]) -> dict[str, Plan]:
+        """Return what hosts call for, or nothing if the kernel has all of that."""
+        plans = {key: self.site.source_plan(key) for key in sorted(keys)}
+        for key, plan in plans.items():
+            if plan != self.plans.get(key, ()) or any(
+                self.held.get(op.key) != op for op in plan
+            ):
+                return plans
+        return {}
 
     def carries(self, network: str) -> bool:
         """Tell whether this host needs to know of the others' endpoints."""
@@ -228,7 +257,7 @@ class Remotes:
         """
         Make the kernel hold the plans of these records, in place of earlier ones.
 
-        Tell whether that mattered to this host.
+        Tell whether it is about anything that hosts have on this one's networks.
         """
         new = {op.key: op for plan in plans.values() for op in plan}
         fresh = tuple(op for op in new.values() if self.held.get(op.key) != op)
@@ -238,7 +267,10 @@ class Remotes:
             for op in self.plans.get(key, ())
             if op.key not in new and self.holders.get(op.key) == key
         )
-        mattered = any(plan or key in self.plans for key, plan in plans.items())
+        mattered = any(
+            (plan or key in self.plans) and not is_host(key)
+            for key, plan in plans.items()
+        )
         self.note(plans)
         for op in (*gone, *fresh):
             self.held.pop(op.key, None)
@@ -247,7 +279,7 @@ class Remotes:
         if gone:
             await self.clear(gone)
         if fresh:
-            await self.site.dataplane.apply(fresh)
+            await self.site.dataplane.apply((*ground(fresh), *fresh))
             self.held.update((op.key, op) for op in fresh)
         return mattered
 
@@ -267,6 +299,17 @@ class Remotes:
         except KernelError as error:
             log.warning("remotes.not_cleared", error=str(error))
             self.alarm()
+
+
+def is_host(key: str) -> bool:
+    """Tell whether a key is a host's, and not of what it has on a network."""
+    return key.startswith("hosts/")
+
+
+def ground(plan: Plan) -> Plan:
+    """Return the table that a plan's elements stand on: it may be on its way only."""
+    table = firewall.table()
+    return (table,) if any(table.key in op.stands_on() for op in plan) else ()
 
 
 def network_of(key: str) -> str:

@@ -24,7 +24,7 @@ from cnmdriver.model import (
 )
 from cnmdriver.plan import devices, firewall, ops
 from cnmdriver.plan.modes import MODES, Mode
-from cnmdriver.plan.ops import Plan
+from cnmdriver.plan.ops import Plan, Vxlan
 from cnmdriver.store import records
 from cnmdriver.store.state import State
 from cnmdriver.store.view import View
@@ -139,6 +139,15 @@ class Site:
 
     def network_plan(self, member: Member) -> Plan:
         """Return the plan of a network, whatever is attached to it."""
+        plan = self.plan_less_vteps(member)
+        if not any(isinstance(op, Vxlan) for op in plan):
+            return plan
+        # Beside the table, so that one that is made anew keeps no member out.
+        place = plan.index(firewall.table()) + 1
+        return (*plan[:place], *self.vtep_plan(), *plan[place:])
+
+    def plan_less_vteps(self, member: Member) -> Plan:
+        """Return that plan without what does not differ between networks."""
         network = self.view.get(Network, records.network(member.network))
         if network is None or network.mode not in MODES:
             return ()
@@ -146,6 +155,29 @@ class Site:
         if firewall.table().key not in {op.key for op in plan}:
             return plan
         return (*plan, *firewall.docker(sorted(self.docker_bridges)))
+
+    def vtep_plan(self) -> Plan:
+        """Return the ends of other hosts' tunnels, alive or not, if it has any."""
+        if not self.has_tunnels():
+            return ()
+        hosts = self.view.all(Host, "hosts/")
+        return ops.union([tuple(map(firewall.vtep, self.ends(h))) for h in hosts])
+
+    def has_tunnels(self) -> bool:
+        """Tell whether this host has a part in a network of several hosts."""
+        if self.host.vtep is None:
+            return False
+        for member in self.members():
+            network = self.view.get(Network, records.network(member.network))
+            if network is not None and network.vni:
+                return True
+        return False
+
+    def ends(self, host: Host) -> tuple[IPAddress, ...]:
+        """Return the address of a host's tunnels, if it is another host and has one."""
+        if host.id == self.host.id or host.vtep is None:
+            return ()
+        return (host.vtep,)
 
     def endpoint_plan(self, endpoint: Endpoint) -> Plan:
         """Return the plan of an endpoint: nothing before it joins or after a reboot."""
@@ -157,7 +189,9 @@ class Site:
 
     def source_plan(self, key: str) -> Plan:
         """Return what a record of another host, by its key, calls for on this one."""
-        kind, network, _ = key.split("/")
+        kind, network, *_ = key.split("/")
+        if kind == "hosts":
+            return self.host_plan(key)
         found = self.mode(network)
         record = self.view.get(Endpoint if kind == "endpoints" else Member, key)
         if found is None or not isinstance(record, Endpoint | Member):
@@ -172,6 +206,13 @@ class Site:
         if record.addresses:
             own += mode.remote(shared, member, reached(record, vtep), self.host)
         return own
+
+    def host_plan(self, key: str) -> Plan:
+        """Return what another host calls for as such, if this one has tunnels."""
+        host = self.view.get(Host, key)
+        if host is None or not self.has_tunnels():
+            return ()
+        return tuple(map(firewall.vtep, self.ends(host)))
 
     def vtep(self, host: str) -> IPAddress | None:
         """Return the tunnel address of another host that is alive."""
@@ -201,17 +242,17 @@ class Site:
 
     def desired(self) -> Plan:
         """Return the union of all plans of this host."""
-        plans = []
+        plans = [self.vtep_plan()]
         for member in self.members():
-            plans.append(self.network_plan(member))
+            plans.append(self.plan_less_vteps(member))
             plans += [self.endpoint_plan(e) for e in self.endpoints(member.network)]
             plans.append(self.remote_plan(member))
         return ops.union(plans)
 
     def unwanted(self, plan: Plan) -> Plan:
         """Return what of a plan no network of this host wants any more."""
-        kept = ops.union(self.network_plan(member) for member in self.members())
-        return ops.without(plan, kept)
+        plans = map(self.plan_less_vteps, self.members())
+        return ops.without(plan, ops.union((*plans, self.vtep_plan())))
 
     async def clear(self, plan: Plan) -> None:
         """Take a plan out of the kernel; what is left is the next audit's."""

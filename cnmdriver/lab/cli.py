@@ -1,13 +1,17 @@
 """`pynet lab`: several Docker hosts on one machine."""
 
 import contextlib
+import json
 import os
+import signal
+import tempfile
 from collections.abc import Iterator
 from operator import methodcaller
 from pathlib import Path
 
 import click
 
+from cnmdriver.lab.chaos import run
 from cnmdriver.lab.lab import MTU, Lab
 from cnmdriver.lab.machine import Machine
 from cnmdriver.lab.node import Node
@@ -101,6 +105,52 @@ def list_machines(directory: Path) -> None:
     """List the machines of the lab, how they are, and who is cut from whom."""
     with _one_sentence():
         _print(Lab.attach(directory))
+
+
+@lab.command()
+@click.option(
+    "--dir",
+    "directory",
+    type=click.Path(path_type=Path, file_okay=False, resolve_path=True),
+    help="A lab that is up, or where to make one; without it one that is soon gone.",
+)
+@click.option("--seconds", default=180.0, show_default=True, help="How long.")
+@click.option("--kills", default=0, help="Go on till so often a daemon was killed.")
+@click.option("--seed", type=int, help="Which faults; the same make the same schedule.")
+@click.option("--users", default=run.USERS, show_default=True, help="Users per host.")
+@click.option("--keep", is_flag=True, help="Leave the lab up if a promise was broken.")
+@click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
+def chaos(
+    directory: Path | None,
+    seconds: float,
+    kills: int,
+    seed: int | None,
+    users: int,
+    *,
+    keep: bool,
+    as_json: bool,
+) -> None:
+    """
+    Kill, hang and cut off everything at random while containers come and go.
+
+    In the end no address may have been given twice, all containers must reach each
+    other, and removing them must leave nothing: exit code 1 if a promise was broken.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    plan = run.Plan(
+        seed=run.new_seed() if seed is None else seed,
+        seconds=seconds,
+        least_kills=kills,
+        users=users,
+    )
+    place = directory or Path(tempfile.mkdtemp(prefix="pynet-chaos-"), "lab")
+    with _one_sentence():
+        notes = run.whole(place, plan, lambda text: click.echo(text, err=True), keep)
+    if as_json:
+        click.echo(json.dumps(notes.as_dict(), indent=2))
+    else:
+        click.echo("\n".join(notes.summary()))
+    raise SystemExit(0 if notes.well else 1)
 
 
 def _add_machine_command(name: str, text: str) -> None:

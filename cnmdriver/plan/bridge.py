@@ -11,8 +11,8 @@ The rules come before the device, so that no packet ever finds the bridge unguar
 """
 
 from cnmdriver.model import Endpoint, Host, IPAddress, Member, Network, Remote
-from cnmdriver.plan import devices, router
-from cnmdriver.plan.ops import Bridge, Plan, Veth
+from cnmdriver.plan import antispoof, devices, router
+from cnmdriver.plan.ops import HOST, Bridge, Plan, Veth
 
 
 def mtu(host: Host) -> int:
@@ -25,6 +25,7 @@ def network(network: Network, member: Member, host: Host) -> Plan:
     """List what a network needs on a host, whatever is attached to it."""
     del host
     return (
+        *(() if network.spoof else (antispoof.table(HOST),)),
         *router.rules(network, member.bridge),
         Bridge(
             name=member.bridge,
@@ -42,6 +43,7 @@ def endpoint(network: Network, member: Member, endpoint: Endpoint, host: Host) -
     """List what an endpoint adds to its network's plan on its own host."""
     del host
     return (
+        *antispoof.endpoint(network, endpoint, HOST),
         Veth(
             name=devices.port(endpoint.id),
             peer=devices.peer(endpoint.id),

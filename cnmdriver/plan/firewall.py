@@ -17,6 +17,13 @@ thousandth costs what the first did. How a packet goes:
   its unpublished ports.
 - What comes from an overlay by the device that makes the host a member of it (`hosts`)
   goes to the host itself or to a published port, and nowhere else.
+- *vtep* stands before the kernel's VXLAN socket, which takes a frame from anybody. What
+  comes for a tunnel of ours, by port and VNI, must come from a member's VTEP and be
+  for our own; other users of the port have other VNIs and are left alone. It must also
+  come by the device that has our VTEP's address, or else by one that the host's routes
+  to the sender use. Asking for the way back alone would break hosts whose routes there
+  and back differ; this tells only that no member is behind a container's bridge, a
+  pair of ours or another network's device.
 - *postrouting* hides the pools behind the host's address, and hides a client behind the
   gateway where the answer would otherwise not come back: from the same subnet, and from
   127.0.0.1.
@@ -36,6 +43,8 @@ from cnmdriver.plan.ops import HOST, Element, Plan, Table
 # statement on the line of a closing brace.
 TEXT = """\
 table inet pynet {
+	counter unknown_vtep { }
+	counter wrong_way    { }
 	set bridges  { type ifname; }
 	set self     { type ifname . ifname; }
 	set icc_off  { type ifname; }
@@ -46,6 +55,11 @@ table inet pynet {
 	set own6     { type ipv6_addr . ifname; flags interval; }
 	set masq4    { type ipv4_addr; flags interval; }
 	set masq6    { type ipv6_addr; flags interval; }
+	set tunnels  { typeof udp dport . @th,96,24; }
+	set ends4    { type ipv4_addr; }
+	set ends6    { type ipv6_addr; }
+	set vteps4   { type ipv4_addr; }
+	set vteps6   { type ipv6_addr; }
 	map any4     { type inet_proto . inet_service : ipv4_addr . inet_service; }
 	map any6     { type inet_proto . inet_service : ipv6_addr . inet_service; }
 	map bound4   {
@@ -59,6 +73,19 @@ table inet pynet {
 		type filter hook prerouting priority raw; policy accept;
 		ip daddr 127.0.0.0/8 iifname != "lo" counter drop
 		ip6 daddr ::1 iifname != "lo" counter drop
+	}
+	chain vtep {
+		type filter hook input priority -150; policy accept;
+		udp dport . @th,96,24 @tunnels jump tunnel
+	}
+	chain tunnel {
+		ip saddr != @vteps4 counter name "unknown_vtep" drop
+		ip6 saddr != @vteps6 counter name "unknown_vtep" drop
+		ip daddr != @ends4 counter name "wrong_way" drop
+		ip6 daddr != @ends6 counter name "wrong_way" drop
+		iifname "lo" counter name "wrong_way" drop
+		fib daddr . iif type local return
+		fib saddr . iif oif missing counter name "wrong_way" drop
 	}
 	chain publish {
 		fib daddr type != local return
@@ -187,6 +214,19 @@ def pool(cidr: str, version: int, quoted: str, *, nat: bool) -> Iterator[Element
     yield Element(set=f"own{version}", item=(cidr, quoted))
     if nat:
         yield Element(set=f"masq{version}", item=(cidr,))
+
+
+def tunnel(vni: int, end: IPAddress, port: int) -> Plan:
+    """List what the guard of a tunnel must know before its device is there."""
+    return (
+        Element(set="tunnels", item=(str(port), hex(vni))),
+        Element(set=f"ends{end.version}", item=(str(end),)),
+    )
+
+
+def vtep(address: IPAddress) -> Element:
+    """Let another member's end of the tunnels in."""
+    return Element(set=f"vteps{address.version}", item=(str(address),))
 
 
 def docker(bridges: Iterable[str]) -> Plan:

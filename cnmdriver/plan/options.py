@@ -26,6 +26,7 @@ MTU = range(68, 65536)
 """RFC 791: an IPv4 link carries 68 bytes at least; IPv6 wants 1280 (RFC 8200)."""
 TRUE = ("true", "1", "t", "yes", "on")
 FALSE = ("false", "0", "f", "no", "off")
+SPOOF = {"allow": True, "deny": False, "true": True, "false": False}
 
 
 GATEWAYS = {"bridge": "pynet", "overlay": "docker"}
@@ -45,6 +46,7 @@ class Options:
     gateway: str | None = None
     flood: bool | None = None
     host_access: bool | None = None
+    spoof: bool | None = None
     bridge: str = ""
     host_binding: IPAddress | None = None
     prefix: str = "eth"
@@ -144,6 +146,13 @@ def address(key: str, text: str) -> IPAddress:
     raise InvalidParameter(f"option {key}={text}: give an IP address")
 
 
+def spoof(key: str, text: str) -> bool:
+    """Read whether containers may send from what is not theirs."""
+    if text in SPOOF:
+        return SPOOF[text]
+    raise InvalidParameter(f"option {key}={text}: give allow or deny")
+
+
 def choice(*words: str) -> Callable[[str, str], str]:
     """Make a reader that takes one of the words."""
 
@@ -166,4 +175,5 @@ READERS: Mapping[str, Callable[[str, str], object]] = {
     "pynet.flood": boolean,
     "pynet.host_access": boolean,
     "pynet.prefix": prefix,
+    "pynet.spoof": spoof,
 }

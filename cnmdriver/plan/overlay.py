@@ -35,7 +35,7 @@ from cnmdriver.model import (
     Network,
     Remote,
 )
-from cnmdriver.plan import devices, firewall, router
+from cnmdriver.plan import antispoof, devices, firewall, router
 from cnmdriver.plan.ops import (
     FLOOD,
     Address,
@@ -59,17 +59,15 @@ OVERHEAD = {4: 50, 6: 70}
 """The bytes a tunnel adds: inner Ethernet 14, VXLAN 8, UDP 8, IPv4 20 or IPv6 40."""
 FILTERS = ("iptables", "ip6tables", "arptables")
 # A chain may not be called fwd: that is a word of nft.
-TEXT = """\
-table bridge pynet {
-	set gateways {
-		typeof iifname . ether saddr
-	}
+TEXT = f"""\
+{antispoof.TEXT}
+	set gateways {{ typeof iifname . ether saddr; }}
 
-	chain forward {
+	chain forward {{
 		type filter hook forward priority 0; policy accept;
 		oifname . ether saddr @gateways counter drop
 		iifname . ether daddr @gateways counter drop
-	}
+	}}
 """
 
 
@@ -90,6 +88,7 @@ def network(network: Network, member: Member, host: Host) -> Plan:
     own = own_addresses(network, member)
     plan = (
         *ground(place, member),
+        *guard(network, host),
         *(router.rules(network, devices.gateway(network.id)) if routed else ()),
         *((kept_local(network, place),) if routed else ()),
         *(access_rules(network) if own else ()),
@@ -107,6 +106,7 @@ def endpoint(network: Network, member: Member, endpoint: Endpoint, host: Host) -
     del member
     port = devices.port(endpoint.id)
     return (
+        *antispoof.endpoint(network, endpoint, host.namespace),
         Veth(
             where=host.namespace,
             name=port,
@@ -197,6 +197,14 @@ def switch(network: Network, member: Member, place: str) -> Plan:
         ),
         replace(router.setting(name, "ipv6/conf/{}/disable_ipv6", off), where=place),
     )
+
+
+def guard(network: Network, host: Host) -> Plan:
+    """List what keeps strangers out of the network's tunnels."""
+    if not network.vni or host.vtep is None:
+        return ()
+    known = firewall.tunnel(network.vni, host.vtep, host.vxlan_port)
+    return (firewall.table(), *known)
 
 
 def tunnel(network: Network, member: Member, host: Host) -> Iterator[Vxlan]:

@@ -157,7 +157,30 @@ def check_address(pool: IPNetwork, address: IPAddress) -> None:
 
 def block(pool: IPNetwork, address: IPAddress) -> IPNetwork:
     """Return the block of the pool that holds the address; small in small pools."""
+    return ipaddress.ip_network((address, block_length(pool)), strict=False)
+
+
+def block_length(pool: IPNetwork) -> int:
+    """Return the prefix length of a pool's blocks."""
     length = max(BLOCKS[pool.version], pool.prefixlen + SMALLEST_SHARE)
-    return ipaddress.ip_network(
-        (address, min(length, pool.max_prefixlen)), strict=False
+    return min(length, pool.max_prefixlen)
+
+
+def inside(part: IPNetwork, whole: IPNetwork) -> bool:
+    """Tell whether a network is a part of another."""
+    return (
+        part.version == whole.version
+        and part.prefixlen >= whole.prefixlen
+        and part.network_address in whole
     )
+
+
+def blocks(pool: IPNetwork, sub: IPNetwork | None = None) -> Iterator[IPNetwork]:
+    """Yield the blocks of a pool, or those that its sub-pool is in, lowest first."""
+    length = block_length(pool)
+    if sub is None:
+        yield from pool.subnets(new_prefix=length)
+    elif sub.prefixlen >= length:
+        yield sub.supernet(new_prefix=length)
+    else:
+        yield from sub.subnets(new_prefix=length)

@@ -1,20 +1,23 @@
 """
-What a host keeps for itself: who it is, and the outbox.
+What a host keeps for itself: who it is, the outbox, and the last it knew of the store.
 
 The *outbox* holds changes the store could not take, in order. Removing always succeeds
 for Docker; what is not yet in the store is written here and replayed when it is back.
+The *snapshot* is the view of a shared store as it was last, so that a daemon that
+starts while the store is away serves what it served before.
 """
 
 import asyncio
+import contextlib
 import json
 import secrets
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-from cnmdriver.store.base import Change
+from cnmdriver.store.base import Change, Item, Listing
 from cnmdriver.store.sqlite import mapped
 
 T = TypeVar("T")
@@ -24,7 +27,12 @@ CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS outbox (
     number INTEGER PRIMARY KEY AUTOINCREMENT, change TEXT NOT NULL
 );
+CREATE TABLE IF NOT EXISTS snapshot (
+    key TEXT PRIMARY KEY, value TEXT NOT NULL, revision INTEGER NOT NULL
+) WITHOUT ROWID;
 """
+LISTED = "listed"
+"""The fact that says at which revision the store was last read whole."""
 
 
 class LocalDatabase:
@@ -55,8 +63,22 @@ class LocalDatabase:
         return await self.call("read", self._pending)
 
     async def done(self, number: int) -> None:
-        """Forget an entry that is in the store."""
+        """Forget the entries up to one: they are in the store."""
         await self.call("write", lambda: self._forget(number))
+
+    async def keep(
+        self, changed: Mapping[str, Item | None], listed: int, facts: Mapping[str, str]
+    ) -> None:
+        """Bring the snapshot up to date; an Item None says that its key is gone."""
+        await self.call("write", lambda: self._keep(changed, listed, facts))
+
+    async def snapshot(self) -> Listing:
+        """Return what was kept, and the revision of the store's last whole reading."""
+        return await self.call("read", self._snapshot)
+
+    async def fact(self, name: str) -> str:
+        """Return something the host noted, "" if it did not."""
+        return await self.call("read", lambda: self._fact(name))
 
     async def call(self, doing: str, work: Callable[[], T]) -> T:
         """Run blocking work in the thread."""
@@ -85,8 +107,7 @@ class LocalDatabase:
         self.db.execute(
             "INSERT OR IGNORE INTO facts VALUES ('host', ?)", (secrets.token_hex(8),)
         )
-        row = self.db.execute("SELECT value FROM facts WHERE name = 'host'")
-        return str(row.fetchone()[0])
+        return self._fact("host")
 
     def _close(self) -> None:
         if self.connection is not None:
@@ -104,7 +125,41 @@ class LocalDatabase:
         return [(number, _read(text)) for number, text in rows]
 
     def _forget(self, number: int) -> None:
-        self.db.execute("DELETE FROM outbox WHERE number = ?", (number,))
+        self.db.execute("DELETE FROM outbox WHERE number <= ?", (number,))
+
+    def _keep(
+        self, changed: Mapping[str, Item | None], listed: int, facts: Mapping[str, str]
+    ) -> None:
+        gone = [(key,) for key, item in changed.items() if item is None]
+        rows = [
+            (key, item.value.decode(), item.revision)
+            for key, item in changed.items()
+            if item is not None
+        ]
+        noted = [(LISTED, str(listed)), *facts.items()]
+        self.db.execute("BEGIN IMMEDIATE")
+        try:
+            self.db.executemany("DELETE FROM snapshot WHERE key = ?", gone)
+            self.db.executemany(
+                "INSERT OR REPLACE INTO snapshot VALUES (?, ?, ?)", rows
+            )
+            self.db.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", noted)
+        except BaseException:
+            # A full disk has ended it already.
+            with contextlib.suppress(sqlite3.Error):
+                self.db.execute("ROLLBACK")
+            raise
+        self.db.execute("COMMIT")
+
+    def _snapshot(self) -> Listing:
+        rows: Iterable[tuple[str, str, int]] = self.db.execute("SELECT * FROM snapshot")
+        items = {k: Item(value=v.encode(), revision=r) for k, v, r in rows}
+        return Listing(items=items, revision=int(self._fact(LISTED) or 0))
+
+    def _fact(self, name: str) -> str:
+        found = self.db.execute("SELECT value FROM facts WHERE name = ?", (name,))
+        row = found.fetchone()
+        return "" if row is None else str(row[0])
 
 
 def _read(text: str) -> Change:

@@ -8,6 +8,7 @@ Keys, under a prefix of the store's own:
     alive/<host>                       Alive         (on the host's lease)
     fence/<host>                       Fence         (same lease; expected by commits)
     kept/<host>                        Kept          (on a long lease)
+    knocks/<host>                      Knock
     networks/<network>                 Network
     members/<network>/<host>           Member
     spaces/<space>                     Space: changed with every claim
@@ -40,6 +41,7 @@ from cnmdriver.model import (
     IPAddress,
     IPNetwork,
     Kept,
+    Knock,
     Member,
     Network,
     Pool,
@@ -66,6 +68,7 @@ TYPES: dict[str, type[Any]] = {
     "alive": Alive,
     "fence": Fence,
     "kept": Kept,
+    "knocks": Knock,
     "networks": Network,
     "members": Member,
     "spaces": Space,
@@ -100,6 +103,11 @@ def fence(host: str) -> str:
 def kept(host: str) -> str:
     """Return the key that says a host may come back."""
     return f"kept/{host}"
+
+
+def knock(host: str) -> str:
+    """Return the key by which one asks whether a host is alive."""
+    return f"knocks/{host}"
 
 
 def vni(number: int) -> str:

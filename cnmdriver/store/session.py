@@ -6,6 +6,10 @@ kept the host is seen by the others, and every commit of the host expects the fe
 the revision it was written at. So a host that was stopped past its lease cannot write,
 and what was sent and not answered can be made void by writing the fence anew. `kept/`
 is on a long lease: a host that is not alive but kept may come back.
+
+A host that finds itself alive after a reboot *knocks*: if that is a second machine with
+its identity, which watches the store, it answers by writing its sign of life anew.
+Nobody answers for the host's own last life, whose lease has only not run out yet.
 """
 
 import asyncio
@@ -17,7 +21,7 @@ from collections.abc import Callable, Mapping
 import structlog
 
 from cnmdriver.errors import Conflict, StoreError
-from cnmdriver.model import Alive, Fence, Kept
+from cnmdriver.model import Alive, Fence, Kept, Knock
 from cnmdriver.store import records
 from cnmdriver.store.base import (
     Change,
@@ -30,12 +34,12 @@ from cnmdriver.store.base import (
 
 TRIES = 10
 """Times the fence is written anew until an answer tells that it was."""
-POLL = 0.5
-"""Seconds between two looks whether another's lease has run out."""
+POLL = 0.25
+"""Seconds between two looks whether another is alive."""
+KNOCK = 3.0
+"""Seconds for an answer: one to notice that a watch is broken, and one to write."""
 RETRY = 1.0
 """Seconds, at most, before a lease that could not be kept is tried again."""
-GRACE = 5.0
-"""Seconds for an election, whose winner gives every lease its whole time anew."""
 REST = 2.0
 """Seconds a clean stop may take."""
 REKEPT = 3600.0
@@ -51,6 +55,10 @@ def clock() -> float:
 
 def nothing() -> None:
     """Tell nobody."""
+
+
+class UsurpedError(StoreError):
+    """Another pynet is this host in the store: nothing may be done in its name."""
 
 
 class Session:
@@ -86,6 +94,9 @@ class Session:
         self.lost = clock()
         self.told = True
         self.writing = asyncio.Lock()
+        self.opening = asyncio.Lock()
+        self.knocks: set[str] = set()
+        self.poked = asyncio.Event()
 
     @property
     def hidden(self) -> bool:
@@ -99,24 +110,40 @@ class Session:
             return None
         return self.deadline if self.revision else self.lost
 
+    @property
+    def trusted(self) -> bool:
+        """Tell whether others surely still leave this host's blocks to it."""
+        return bool(self.long_kept) and clock() < self.long_kept + self.keep / 2
+
+    @property
+    def contact(self) -> str:
+        """Say when the host was last in the store, for a later life to `recall`."""
+        return f"{self.boot} {self.long_kept}" if self.long_kept else ""
+
+    def recall(self, contact: str) -> None:
+        """Take over what an earlier life knew; a reboot makes that worthless."""
+        boot, _, kept = contact.partition(" ")
+        if boot == self.boot:
+            self.long_kept = max(self.long_kept, float(kept))
+
     async def open(self) -> None:
         """
-        Take the host's place; wait for another's lease to run out if need be.
+        Take the host's place; find out whose life stands in the way if one does.
 
         Raises StoreError if the store is away, and Conflict if a second machine runs
         with this host's identity.
         """
-        latest = clock() + 2 * self.ttl + GRACE
-        while (other := await self.attempt()) is not None:
-            if clock() >= latest:
+        async with self.opening:
+            other = await self.attempt()
+            if other is not None and not await self.knock(other):
                 raise Conflict(self.cloned(other))
-            await asyncio.sleep(POLL)
 
     async def renew(self) -> None:
         """Take the host's place anew if it was lost; raises StoreError if it cannot."""
-        other = await self.attempt()
-        if other is not None:
-            raise StoreError(self.cloned(other))
+        try:
+            await self.open()
+        except Conflict as error:
+            raise UsurpedError(str(error)) from None
 
     async def run(self) -> None:
         """
@@ -132,13 +159,17 @@ class Session:
                 log.debug("session.away", error=str(error))
                 pause = min(RETRY, pause)
             self.tell()
-            await asyncio.sleep(pause)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await self.poked.wait()
+            self.poked.clear()
 
     async def turn(self) -> None:
         """Keep both leases once, or open anew; raises StoreError."""
         if not self.revision or self.lease is None:
             await self.open()
             return
+        await self.answer()
         sent, seen = clock(), self.revision
         try:
             await self.lease.keep()
@@ -175,6 +206,48 @@ class Session:
                 async with asyncio.timeout(REST):
                     await self.lease.revoke()
         self.forget()
+
+    # Who we are, if there are two.
+
+    async def knock(self, other: Alive) -> bool:
+        """Ask who is alive as this host to say so; take the place if nobody does."""
+        expect, found = await self.look()
+        log.info("session.knocking", instance=other.instance, boot=other.boot)
+        knock = records.encode(Knock(instance=self.instance))
+        await self.store.commit(Change(puts={records.knock(self.host): knock}))
+        latest = clock() + KNOCK
+        while found is not None and clock() < latest:
+            await asyncio.sleep(POLL)
+            now, found = await self.look()
+            if found is not None and now != expect:
+                return False
+        async with self.writing:
+            await self.keep_long()
+            await self.take(now if found is None else expect, knocked=True)
+        if not self.revision:
+            raise StoreError(
+                "lost a race for this host's place in the store; try again"
+            )
+        return True
+
+    def hear(self, knock: Knock) -> None:
+        """Hear that somebody asks whether this host is alive."""
+        if knock.instance not in {self.instance, *self.knocks}:
+            self.knocks.add(knock.instance)
+            self.poked.set()
+
+    async def answer(self) -> None:
+        """Say that we are, to those who asked."""
+        if not self.knocks:
+            return
+        log.warning("session.knocked", instances=sorted(self.knocks))
+        self.knocks.clear()
+        change = Change(
+            expect=self.expect(),
+            puts={records.alive(self.host): self.sign()},
+            deletes=frozenset({records.knock(self.host)}),
+        )
+        await self.store.commit(change, self.lease)
 
     # The fence.
 
@@ -244,7 +317,7 @@ class Session:
             return True
         found = records.decode(self.fence, item.value)
         if not isinstance(found, Fence) or found.instance != self.instance:
-            raise StoreError(
+            raise UsurpedError(
                 f"another pynet (instance {getattr(found, 'instance', '?')}) has taken "
                 f"this host's place in the store; stop one of the two"
             )
@@ -288,14 +361,19 @@ class Session:
             return None
         return found
 
-    async def take(self, expect: Mapping[str, int]) -> None:
-        """Write both keys on a new lease; a lost race leaves us without them."""
+    async def take(self, expect: Mapping[str, int], *, knocked: bool = False) -> None:
+        """
+        Write both keys on a new lease; a lost race leaves us without them.
+
+        Who has `knocked` takes the knock away.
+        """
         sent = clock()
         lease = await self.store.lease(self.ttl)
         fence = self.next_fence()
         change = Change(
             expect=expect,
             puts={records.alive(self.host): self.sign(), self.fence: fence},
+            deletes=frozenset({records.knock(self.host)} if knocked else ()),
         )
         try:
             revision = await self.store.commit(change, lease)

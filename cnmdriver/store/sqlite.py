@@ -5,20 +5,31 @@ All access is by one worker thread, as SQLite calls block. A write is on the dis
 it is answered (WAL, synchronous FULL). A lock beside the file keeps a second daemon
 out: two would not see each other's watches.
 
-Leases live in this process: those of an earlier one are over when the file is opened.
+Leases and what a watch may go back to live in this process: an earlier one's leases are
+over when the file is opened, and its watches have ended.
+
+A broken file is rebuilt when it is opened (`mending.py`). On a full disk nothing more
+is taken in, but what takes back is written, into room that is kept free for it.
 """
 
 import asyncio
 import contextlib
 import fcntl
+import os
 import sqlite3
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, Any, TypeVar
+
+import structlog
 
 from cnmdriver.errors import StoreError
+from cnmdriver.store import mending
 from cnmdriver.store.base import (
     Change,
     CompactedError,
@@ -33,22 +44,32 @@ T = TypeVar("T")
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS records (
-    key TEXT PRIMARY KEY, value BLOB NOT NULL, revision INTEGER NOT NULL, lease INTEGER
+    key TEXT PRIMARY KEY, value BLOB NOT NULL, revision INTEGER NOT NULL,
+    lease INTEGER, checksum INTEGER NOT NULL
 ) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS history (
-    revision INTEGER NOT NULL, key TEXT NOT NULL, value BLOB
+CREATE TABLE IF NOT EXISTS state (
+    name TEXT PRIMARY KEY, number INTEGER NOT NULL, checksum INTEGER NOT NULL
 );
-CREATE INDEX IF NOT EXISTS history_revision ON history (revision);
-CREATE TABLE IF NOT EXISTS state (name TEXT PRIMARY KEY, number INTEGER NOT NULL);
-INSERT OR IGNORE INTO state VALUES ('revision', 0), ('compacted', 0), ('schema', 1);
 """
-VERSION = 1
+VERSION = 2
+UNSUMMED = 1
+"""The version whose rows had no checksums; it is rebuilt when it is opened."""
+ITS_OWN = "history"
+"""A table that only it had."""
 REMEMBERED = 1000
 """How many revisions a watch may start behind the newest."""
+PAGES = 100
+"""Pages in the log at which it is written into the file; a reserve can hold them."""
+SLACK = 8
+"""Bytes by which a record may grow and still take something back."""
+HIGHEST = 1 << 62
+"""No revision is as high as that."""
 LIMIT = 3.0
 """Seconds a store operation may take."""
 LAST = "\U0010ffff"
 """Behind every key that starts like what stands before it."""
+
+log = structlog.get_logger()
 
 
 @contextlib.contextmanager
@@ -61,6 +82,62 @@ def mapped(doing: str, path: Path) -> Iterator[None]:
             f"cannot {doing} the embedded store {path}: {error}; "
             "check the disk and the file's permissions"
         ) from error
+
+
+@dataclass(slots=True)
+class Content:
+    """What is sound in a file, and what is wrong with it."""
+
+    records: dict[str, tuple[bytes, int]] = field(default_factory=dict)
+    revision: int = 0
+    version: int = VERSION
+    damage: str = ""
+
+
+def content(image: mending.Image) -> Content:
+    """Look at every row of a file; raises StoreError if it is not one of ours."""
+    with mending.loaded(image) as db:
+        found = mending.tables(db)
+        damage = image.damage or mending.fault(db) or unlike_ours(found)
+        numbers = mending.salvage(db, "state")
+        rows = mending.salvage(db, "records")
+    if damage and image.data and ITS_OWN not in found:
+        with mending.loaded(mending.with_tables(image, SCHEMA)) as db:
+            numbers += mending.salvage(db, "state")
+            rows += mending.salvage(db, "records")
+    state = {row[0]: row[1] for row in numbers if sound(row)}
+    good = {row[0]: (row[1], row[2]) for row in rows if sound(row)}
+    highest = max((revision for _, revision in good.values()), default=0)
+    revision = state.get("revision", -1) if found else 0
+    version = state.get("schema", 0) if found else VERSION
+    complete = len(good) + len(state) == len(rows) + len(numbers)
+    if not (complete and version and highest <= revision < HIGHEST):
+        damage = damage or "what it holds has changed"
+    return Content(good, max(revision, highest), version or VERSION, damage)
+
+
+def unlike_ours(found: Mapping[str, str]) -> str:
+    """Say if tables are not made as ours; raises StoreError if they are another's."""
+    ours = mending.made_by(SCHEMA)
+    if not found or found == ours or ITS_OWN in found:
+        return ""
+    if not ours.keys() & found.keys():
+        raise StoreError("another program's database; name another file")
+    return "its tables have changed"
+
+
+def sound(row: tuple[Any, ...]) -> bool:
+    """Tell whether a row is as it was written: a record, or a number."""
+    match row:
+        case (str(), int()):
+            return True
+        case (str() as name, int() as number, int() as told):
+            return told == mending.checksum(name, number)
+        case (str(), bytes(), int(), None | int()):
+            return True
+        case (str() as key, bytes() as value, int() as revision, _, int() as told):
+            return told == mending.checksum(key, value, revision)
+    return False
 
 
 class SqliteLease:
@@ -111,16 +188,25 @@ class SqliteStore:
     def __init__(self, path: Path) -> None:
         """Name the file; nothing is opened yet."""
         self.path = path
+        self.mended = ""
+        """What was wrong with the file when it was opened, in a sentence."""
         self.thread = ThreadPoolExecutor(1, "store")
         self.connection: sqlite3.Connection | None = None
         self.lock: IO[bytes] | None = None
+        self.reserve = mending.Reserve(path.with_name(path.name + ".reserve"))
+        self.history: deque[tuple[Event, ...]] = deque()
+        self.compacted = 0
         self.written = asyncio.Condition()
         self.closed = False
         self.leases = 0
         self.tasks: set[asyncio.Task[None]] = set()
 
     async def open(self) -> None:
-        """Open or make the file; raises StoreError if another daemon has it."""
+        """
+        Open or make the file; raises StoreError if another daemon has it.
+
+        A broken one is rebuilt of what can be read: `mended` then says so.
+        """
         await self.call("open", self._open)
 
     async def close(self) -> None:
@@ -217,45 +303,123 @@ class SqliteStore:
         return self.connection
 
     def _open(self) -> None:
+        self.path = self.path.resolve()
         self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self.lock = self.path.with_name(self.path.name + ".lock").open("ab")
+        self._take(self.path.with_name(self.path.name + ".lock"))
+        try:
+            self._begin_with_room()
+        except BaseException:
+            self._close()
+            raise
+        self.reserve.hold()
+
+    def _take(self, path: Path) -> None:
+        self.lock = path.open("a+b")
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            self.lock.seek(0)
+            holder = self.lock.read(20).decode(errors="replace").strip() or "unknown"
             self.lock.close()
             raise StoreError(
-                f"another pynet has the embedded store {self.path}; stop it, or use "
-                "a shared store (--store etcd://…) for several"
+                f"another pynet has the embedded store {self.path} (pid {holder}); "
+                "stop it, or use a shared store (--store etcd://…) for several"
             ) from None
+        # Who comes second is told the pid; without it the lock is as good.
+        with contextlib.suppress(OSError):
+            self.lock.truncate(0)
+            self.lock.write(f"{os.getpid()}\n".encode())
+            self.lock.flush()
+
+    def _begin_with_room(self) -> None:
+        try:
+            self._begin()
+        except sqlite3.Error as error:
+            if not mending.is_full(error):
+                raise
+            self._disconnect()
+            self.reserve.release()
+            self._begin()
+
+    def _begin(self) -> None:
+        self._check()
         self.connection = sqlite3.connect(
             self.path, isolation_level=None, check_same_thread=False, timeout=2
         )
         self.db.execute("PRAGMA journal_mode = WAL")
         self.db.execute("PRAGMA synchronous = FULL")
-        self.db.executescript(SCHEMA)
-        self._check_version()
+        self.db.execute(f"PRAGMA wal_autocheckpoint = {PAGES}")
+        self._make(self.db, Content())
+        self.compacted = self._number("revision")
         leased = [k for (k,) in self.db.execute(
             "SELECT key FROM records WHERE lease IS NOT NULL"
         )]  # fmt: skip
         if leased:
             self._commit(Change(deletes=frozenset(leased)), None)
 
-    def _check_version(self) -> None:
-        (version,) = self.db.execute(
-            "SELECT number FROM state WHERE name = 'schema'"
-        ).fetchone()
-        if version != VERSION:
+    def _check(self) -> None:
+        if not self.path.is_file():
+            return
+        image = mending.read_image(self.path)
+        # It is beside every file that was open once.
+        ours = self.reserve.path.exists()
+        if not image.data and not ours:
+            # Its first opening was cut short.
+            return
+        try:
+            found = content(image)
+        except StoreError as error:
+            raise StoreError(f"the embedded store {self.path} is {error}") from None
+        if found.damage and not ours:
             raise StoreError(
-                f"the embedded store {self.path} has schema {version}, this pynet "
-                f"knows {VERSION}; use the newer pynet"
+                f"cannot open the embedded store {self.path}: {found.damage}, and it "
+                "is left alone as pynet never used it; name another file or remove it"
             )
+        if found.version > VERSION:
+            raise StoreError(
+                f"the embedded store {self.path} has schema {found.version}, this "
+                f"pynet knows {VERSION}; use the newer pynet"
+            )
+        if found.damage or found.version == UNSUMMED:
+            self._rebuild(found)
+
+    def _rebuild(self, found: Content) -> None:
+        fresh = mending.draft(self.path)
+        with closing(sqlite3.connect(fresh, isolation_level=None)) as db:
+            self._make(db, found)
+        if found.damage:
+            kept = mending.keep(self.path)
+            self.mended = (
+                f"the embedded store {self.path} was broken ({found.damage}): "
+                f"{len(found.records)} records could be taken over, what else it held "
+                f"is lost; the broken file is kept as {kept.name}"
+            )
+            log.error("store.mended", path=str(self.path), why=self.mended)
+        mending.swap(self.path, fresh)
+
+    def _make(self, db: sqlite3.Connection, found: Content) -> None:
+        rows = [
+            (k, v, r, None, mending.checksum(k, v, r))
+            for k, (v, r) in found.records.items()
+        ]
+        # No revision that somebody may have seen is used again.
+        numbers = (("revision", found.revision), ("schema", VERSION))
+        state = [(name, n, mending.checksum(name, n)) for name, n in numbers]
+        db.executescript(SCHEMA)
+        db.execute("BEGIN IMMEDIATE")
+        db.executemany("INSERT INTO records VALUES (?, ?, ?, ?, ?)", rows)
+        db.executemany("INSERT OR IGNORE INTO state VALUES (?, ?, ?)", state)
+        db.execute("COMMIT")
 
     def _close(self) -> None:
+        self._disconnect()
+        if self.lock is not None:
+            self.lock.close()
+
+    def _disconnect(self) -> None:
         if self.connection is not None:
             self.connection.close()
             self.connection = None
-        if self.lock is not None:
-            self.lock.close()
 
     def _number(self, name: str) -> int:
         row = self.db.execute("SELECT number FROM state WHERE name = ?", (name,))
@@ -274,16 +438,46 @@ class SqliteStore:
             self.db.execute("COMMIT")
 
     def _commit(self, change: Change, lease: int | None) -> int:
+        if not self._takes_back(change) and not self.reserve.hold():
+            raise StoreError(
+                f"cannot write the embedded store {self.path}: the disk is full, its "
+                "last room is kept for removals; make room"
+            )
+        try:
+            return self._transact(change, lease)
+        except sqlite3.Error as error:
+            if not mending.is_full(error) or not self._takes_back(change):
+                raise
+        self.reserve.release()
+        # The log's pages go into the file, and the log begins anew where it was.
+        self.db.execute("PRAGMA wal_checkpoint(RESTART)")
+        return self._transact(change, lease)
+
+    def _takes_back(self, change: Change) -> bool:
+        """Tell whether a change makes what is stored no larger, or hardly so."""
+        for key, value in change.puts.items():
+            item = self._item(key)
+            if item is None or len(value) > len(item.value) + SLACK:
+                return False
+        return True
+
+    def _transact(self, change: Change, lease: int | None) -> int:
         self.db.execute("BEGIN IMMEDIATE")
         try:
-            revision = self._write(change, lease)
+            events, revision = self._write(change, lease)
             self.db.execute("COMMIT")
         finally:
             if self.db.in_transaction:
                 self.db.execute("ROLLBACK")
+        if events:
+            self.history.append(events)
+        if len(self.history) > REMEMBERED:
+            self._compact(self.history[0][0].revision)
         return revision
 
-    def _write(self, change: Change, lease: int | None) -> int:
+    def _write(
+        self, change: Change, lease: int | None
+    ) -> tuple[tuple[Event, ...], int]:
         db, revision = self.db, self._number("revision")
         current = {key: self._item(key) for key in change.expect}
         if any(
@@ -293,28 +487,28 @@ class SqliteStore:
             raise RaceLostError(current, revision)
         deletes = [k for k in sorted(change.deletes) if self._item(k) is not None]
         if not change.puts and not deletes:
-            return revision
+            return (), revision
         revision += 1
-        db.executemany(
-            "INSERT OR REPLACE INTO records VALUES (?, ?, ?, ?)",
-            [(k, v, revision, lease) for k, v in change.puts.items()],
-        )
+        rows = [
+            (k, v, revision, lease, mending.checksum(k, v, revision))
+            for k, v in change.puts.items()
+        ]
+        db.executemany("INSERT OR REPLACE INTO records VALUES (?, ?, ?, ?, ?)", rows)
         db.executemany("DELETE FROM records WHERE key = ?", [(k,) for k in deletes])
-        db.executemany(
-            "INSERT INTO history VALUES (?, ?, ?)",
-            [(revision, k, v) for k, v in change.puts.items()]
-            + [(revision, k, None) for k in deletes],
+        db.execute(
+            "UPDATE state SET number = ?, checksum = ? WHERE name = 'revision'",
+            (revision, mending.checksum("revision", revision)),
         )
-        db.execute("UPDATE state SET number = ? WHERE name = 'revision'", (revision,))
-        if revision % REMEMBERED == 0:
-            self._compact(revision - REMEMBERED)
-        return revision
+        written = [(k, v) for k, v in change.puts.items()]
+        events = [*written, *((k, None) for k in deletes)]
+        return tuple(
+            Event(key=k, value=v, revision=revision) for k, v in events
+        ), revision
 
     def _compact(self, revision: int) -> None:
-        self.db.execute("DELETE FROM history WHERE revision <= ?", (revision,))
-        self.db.execute(
-            "UPDATE state SET number = ? WHERE name = 'compacted'", (revision,)
-        )
+        while self.history and self.history[0][0].revision <= revision:
+            self.history.popleft()
+        self.compacted = max(self.compacted, revision)
 
     def _item(self, key: str) -> Item | None:
         row = self.db.execute(
@@ -329,18 +523,14 @@ class SqliteStore:
     def _events(
         self, prefix: str, start: int, end: str
     ) -> tuple[list[tuple[Event, ...]], int]:
-        if start <= self._number("compacted"):
+        if start <= self.compacted:
             raise CompactedError(
                 f"the store has forgotten revision {start}; read everything again"
             )
-        newest = self._number("revision")
-        rows = self.db.execute(
-            "SELECT revision, key, value FROM history WHERE revision >= ?"
-            " AND key >= ? AND key < ? ORDER BY revision, rowid",
-            (start, prefix, min(prefix + LAST, end)),
-        )
-        batches: dict[int, list[Event]] = {}
-        for revision, key, value in rows:
-            event = Event(key=key, value=value, revision=revision)
-            batches.setdefault(revision, []).append(event)
-        return [tuple(events) for events in batches.values()], newest
+        first, behind = prefix, min(prefix + LAST, end)
+        batches = [
+            tuple(event for event in events if first <= event.key < behind)
+            for events in self.history
+            if events[0].revision >= start
+        ]
+        return [batch for batch in batches if batch], self._number("revision")

@@ -9,12 +9,19 @@ made on fresh news too, as another host may have just freed what was wanted.
 On a shared store every commit expects the host's fence (`session.py`). When an answer
 was lost, the fence is written anew and everything read: what is there then has
 happened, and what is not never will.
+
+While the store is away, a host goes on with what needs no other's word: it takes back
+what it has, and attaches by the addresses of its own blocks. Both go to the outbox and
+are written when the store is back. The view is kept in a snapshot, so that this is so
+after a restart too.
 """
 
 import asyncio
 import contextlib
 import random
 import secrets
+import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import TypeVar
@@ -22,7 +29,7 @@ from typing import TypeVar
 import structlog
 
 from cnmdriver.errors import DriverError, StoreError
-from cnmdriver.model import Cluster
+from cnmdriver.model import Cluster, Knock
 from cnmdriver.store import records
 from cnmdriver.store.base import (
     Change,
@@ -35,7 +42,7 @@ from cnmdriver.store.base import (
     UnknownOutcomeError,
 )
 from cnmdriver.store.local import LocalDatabase
-from cnmdriver.store.session import Session
+from cnmdriver.store.session import Session, UsurpedError
 from cnmdriver.store.view import Draft, View
 
 T = TypeVar("T")
@@ -56,8 +63,19 @@ LIMIT = 8.0
 LATEST = 5.0
 """Seconds after which a commit begins no other write, as that may take three."""
 
-OWN = ("endpoints/", "members/", "addresses/")
+AWAY = 2.5
+"""Seconds to try a store that is known to be away."""
+BATCH = 40
+"""Keys of the outbox written at once; a transaction has 128 operations at most."""
+CALM = 0.05
+"""Seconds between two writings of the snapshot."""
+
+OWN = ("endpoints/", "members/", "addresses/", "blocks/")
 """Records with one writer: a host changes its own without looking."""
+ATTACHING = ("endpoints/", "addresses/")
+"""Of those, what a host may add without the store."""
+CONTACT = "contact"
+"""The fact that says when the host last had its place in the store."""
 
 log = structlog.get_logger()
 
@@ -84,9 +102,19 @@ class State:
         self.step = step
         self.changed = changed
         self.session = session
-        self.view = View()
+        self.view = View(local.host if store.shared else "")
+        self.feed = self.view.feed()
         self.away: str | None = None
         """Why the store cannot be used now, None if it can."""
+        self.since = time.time()
+        """When that began, in seconds of Unix time: for people."""
+        self.told = False
+        """Whether it was logged."""
+        self.informed = False
+        """Whether the view has anything to go by: a snapshot, or the store's word."""
+        self.watching: asyncio.Timeout | None = None
+        self.unkept = asyncio.Event()
+        """Set while the snapshot is behind the view."""
         self.behind = True
         """Whether the outbox may hold what is not in the store yet."""
         self.replaying = asyncio.Lock()
@@ -97,6 +125,19 @@ class State:
         """The latest fence that a commit expected whose outcome is not known yet."""
         self.rewound = False
         """Whether the store went back and was not read since."""
+
+    async def load(self) -> None:
+        """Begin with the snapshot of an earlier life, if there is one."""
+        if not self.store.shared:
+            return
+        self.away = "it has not answered since pynet was started"
+        kept = await self.local.snapshot()
+        self.view.restore(kept.items, kept.revision)
+        for _, change in await self.local.pending():
+            self.foresee(change)
+        self.informed = bool(kept.items)
+        if self.session is not None:
+            self.session.recall(await self.local.fact(CONTACT))
 
     async def open(self) -> None:
         """Read everything, and make the cluster's record if the store is empty."""
@@ -130,15 +171,33 @@ class State:
         except RewoundError:
             self.rewound = True
             listing = await self.store.read("")
-        rewound = self.rewound or listing.revision < known
+        rewound = self.rewound or listing.revision < known or self.is_another(listing)
         items = listing.items.items()
         news = self.view.replace(items, listing.revision, rewound=rewound)
         self.rewound = False
+        self.informed = True
         if rewound:
             log.warning("store.rewound", known=known, revision=listing.revision)
+        self.unkept.set()
+        self.heed()
         if news:
             self.changed()
         return listing
+
+    def heed(self) -> None:
+        """Let the session know if somebody asks for this host."""
+        if self.session is not None:
+            knock = self.view.get(Knock, records.knock(self.session.host))
+            if knock is not None:
+                self.session.hear(knock)
+
+    def is_another(self, listing: Listing) -> bool:
+        """Tell whether a store has not the content that this host knows."""
+        known = self.view.get(Cluster, records.CLUSTER)
+        if known is None:
+            return False
+        item = listing.items.get(records.CLUSTER)
+        return item is None or records.decode(records.CLUSTER, item.value) != known
 
     async def commit(self, decision: Decision[T]) -> T:
         """
@@ -146,13 +205,67 @@ class State:
 
         Raises what the decision raises, and StoreError if the store is away.
         """
+        away = self.away
+        limit = LIMIT if away is None else AWAY
         try:
-            async with asyncio.timeout(LIMIT):
+            async with asyncio.timeout(limit):
                 return await self.decide(decision)
         except TimeoutError:
+            if away is not None:
+                raise self.absent(away) from None
             raise StoreError(
-                f"the store did not take a change within {LIMIT:g} s; try again"
+                f"the store did not take a change within {limit:g} s; try again"
             ) from None
+        except StoreError as error:
+            if away is not None and not isinstance(error, UsurpedError):
+                raise self.absent(away) from error
+            raise
+
+    def absent(self, reason: str) -> StoreError:
+        """Make the refusal of what cannot be done without the store."""
+        since = time.strftime("%H:%M:%S UTC", time.gmtime(self.since or time.time()))
+        return StoreError(
+            f"the store has been away since {since}: {reason}; try again when it is "
+            "back"
+        )
+
+    async def commit_own(self, decision: Decision[T]) -> T:
+        """
+        Decide about this host's own endpoints and their addresses, and write that.
+
+        If the store is away, what needs nobody else's word is done all the same, and
+        written when the store is back; for the rest StoreError is raised.
+        """
+        if self.away is not None and self.store.shared:
+            return await self.go_alone(decision, self.away)
+        if self.session is None or not self.session.trusted:
+            return await self.commit(decision)
+        try:
+            async with asyncio.timeout(AWAY):
+                return await self.decide(decision)
+        except UsurpedError:
+            raise
+        except (StoreError, TimeoutError) as error:
+            reason = str(error) or f"it did not answer within {AWAY:g} s"
+            self.note(reason)
+            self.doubt()
+            return await self.go_alone(decision, reason)
+
+    async def go_alone(self, decision: Decision[T], reason: str) -> T:
+        """Decide without the store; raises StoreError for what needs it."""
+        if self.session is None or not self.session.trusted:
+            raise self.absent(reason)
+        draft = Draft(self.view, alone=str(self.absent(reason)))
+        result = decision(draft)
+        change = draft.change()
+        if any(not key.startswith(ATTACHING) for key in change.written()):
+            raise self.absent(reason)
+        if change:
+            log.debug("store.alone", keys=sorted(change.written()))
+            await self.step("alone.before")
+            await self.defer(change, must=True)
+            await self.step("alone.after")
+        return result
 
     async def decide(self, decision: Decision[T]) -> T:
         """Do what `commit` says, without its limit."""
@@ -180,10 +293,10 @@ class State:
 
     async def prepare(self) -> None:
         """Settle what was before: the next decision must not be undone by it."""
-        if self.behind:
-            await self.replay()
         if self.unsettled is not None:
             await self.settle()
+        if self.behind:
+            await self.replay()
         if self.session is not None and not self.session.revision:
             await self.session.renew()
 
@@ -231,6 +344,8 @@ class State:
         for key, value, revision in news:
             self.view.write(key, value, revision)
         if self.view.turns != before:
+            self.unkept.set()
+            self.heed()
             self.changed()
 
     async def settle(self) -> Listing:
@@ -250,16 +365,22 @@ class State:
         A cancel counts when that has ended, so that its caller can take it back.
         """
         await self.step("commit.before")
-        writing = asyncio.ensure_future(self.send(change))
+        writing = asyncio.ensure_future(self.end(change))
         try:
-            revision = await asyncio.shield(writing)
+            await asyncio.shield(writing)
         except asyncio.CancelledError:
             await asyncio.wait({writing})
-            if not writing.cancelled() and writing.exception() is None:
-                self.take(change, writing.result())
             raise
-        self.take(change, revision)
         await self.step("commit.after")
+
+    async def end(self, change: Change) -> None:
+        """Commit and take in a transaction; news of what it deletes is its own."""
+        self.view.ending.update(change.deletes)
+        try:
+            self.take(change, await self.send(change))
+        finally:
+            self.view.ending.subtract(change.deletes)
+            self.view.ending += Counter()
 
     async def send(self, change: Change) -> int:
         """Commit a transaction, and remember if its outcome is not known."""
@@ -276,7 +397,8 @@ class State:
         for key, value in change.puts.items():
             self.view.write(key, value, revision)
         for key in change.deletes:
-            self.view.write(key, None, revision)
+            self.view.write(key, None, revision, ours=True)
+        self.unkept.set()
 
     async def remove(self, decision: Decision[T]) -> T:
         """
@@ -303,16 +425,29 @@ class State:
             await self.defer(change)
         return result
 
-    async def defer(self, change: Change) -> None:
-        """Take a change into the view, and write it when the store is back."""
+    async def defer(self, change: Change, *, must: bool = False) -> None:
+        """
+        Take a change into the view, and write it when the store is back.
+
+        Raises StoreError if it `must` outlive this process and cannot. Nothing may stop
+        a removal, not even a full disk: that is remembered as long as we live.
+        """
         self.behind = True
+        if must:
+            await self.save()
+            await self.local.remember(change)
+        self.foresee(change)
+        if not must:
+            self.unsaved.append(change)
+            with contextlib.suppress(StoreError):
+                await self.save()
+
+    def foresee(self, change: Change) -> None:
+        """Let the view know what the store will when it is back."""
         for key in change.written():
             seen = self.view.written.get(key, self.view.listed)
-            self.view.write(key, change.puts.get(key), seen + 1)
-        self.unsaved.append(change)
-        # Nothing may stop a removal, not even a full disk.
-        with contextlib.suppress(StoreError):
-            await self.save()
+            self.view.write(key, change.puts.get(key), seen + 1, ours=True)
+        self.unkept.set()
 
     async def save(self) -> None:
         """Write into the outbox what could not be written there before."""
@@ -326,9 +461,9 @@ class State:
         async with self.replaying:
             await self.save()
             while entries := await self.local.pending():
-                for number, change in entries:
+                for change in merged([change for _, change in entries]):
                     await self.repeat(change)
-                    await self.local.done(number)
+                await self.local.done(entries[-1][0])
             # A removal may have been deferred since the last look.
             self.behind = bool(self.unsaved)
 
@@ -337,7 +472,7 @@ class State:
         for _ in range(TRIES):
             left = self.fenced(await self.still_ours(change))
             try:
-                self.take(left, await self.send(left))
+                await self.end(left)
             except RaceLostError as race:
                 self.learn(race, left)
             except (UnknownOutcomeError, RewoundError):
@@ -376,7 +511,7 @@ class State:
         while True:
             try:
                 await self.catch_up()
-                async with asyncio.timeout(interval()):
+                async with asyncio.timeout(interval()) as self.watching:
                     await self.watch()
             except TimeoutError:
                 pass
@@ -387,6 +522,12 @@ class State:
                 self.note(str(error))
                 await asyncio.sleep(PAUSE)
 
+    def doubt(self) -> None:
+        """Have the store asked whether it is there: a call found it away."""
+        if self.watching is not None and not self.watching.expired():
+            with contextlib.suppress(RuntimeError):
+                self.watching.reschedule(asyncio.get_running_loop().time())
+
     async def watch(self) -> None:
         """Take in what others write, until the watch ends."""
         async for events in self.store.watch(
@@ -396,27 +537,84 @@ class State:
 
     async def catch_up(self) -> None:
         """Replay the outbox and read everything; raises StoreError."""
-        await self.replay()
         if self.unsettled is not None:
             # A full store refuses that, and can still be followed.
             with contextlib.suppress(StoreError):
                 await self.settle()
+        await self.replay()
         await self.read()
         self.note(None)
 
     def note(self, reason: str | None) -> None:
         """Remember, and log once, that the store went away or came back."""
-        if (reason is None) != (self.away is None):
+        if reason is not None and self.away is None:
+            self.since = time.time()
+        self.away = reason
+        if (reason is not None) != self.told:
+            self.told = not self.told
             if reason is None:
                 log.info("store.back")
             else:
                 log.warning("store.away", error=reason)
-        self.away = reason
+
+    async def remember(self) -> None:
+        """Keep the snapshot up to date until cancelled."""
+        while True:
+            await self.unkept.wait()
+            await self.keep()
+            await asyncio.sleep(CALM)
+
+    async def keep(self) -> None:
+        """Write the snapshot; what fails is tried again with the next change."""
+        self.unkept.clear()
+        if not self.store.shared:
+            return
+        keys = self.feed.drain()
+        facts = {CONTACT: self.session.contact} if self.session is not None else {}
+        try:
+            await self.local.keep(self.items(keys), self.view.listed, facts)
+        except StoreError as error:
+            for key in keys:
+                self.feed.add(key)
+            log.warning("snapshot.not_kept", error=str(error))
+
+    def items(self, keys: Iterable[str]) -> dict[str, Item | None]:
+        """Return what the view has under keys, as the store would."""
+        found: dict[str, Item | None] = {}
+        for key in keys:
+            record = self.view.get(object, key)
+            found[key] = None if record is None else Item(
+                value=records.encode(record), revision=self.view.seen(key)
+            )  # fmt: skip
+        return found
 
 
 def interval() -> float:
     """Return the seconds until everything is read anew."""
     return RELIST * random.uniform(*SPREAD)  # noqa: S311  nobody gains by guessing it
+
+
+def merged(changes: Iterable[Change]) -> list[Change]:
+    """
+    Return what changes come to, in the order of each key's last write.
+
+    In parts that the store takes at once: each is of this host's own records, which
+    nobody else looks at together.
+    """
+    last: dict[str, bytes | None] = {}
+    for change in changes:
+        for key in change.written():
+            last.pop(key, None)
+            last[key] = change.puts.get(key)
+    keys = list(last)
+    parts = (keys[i : i + BATCH] for i in range(0, len(keys), BATCH))
+    return [
+        Change(
+            puts={k: v for k in part if (v := last[k]) is not None},
+            deletes=frozenset(k for k in part if last[k] is None),
+        )
+        for part in parts
+    ]
 
 
 def own(change: Change) -> Change:

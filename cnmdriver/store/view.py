@@ -4,21 +4,26 @@ The view: the store's records as this host last knew them, in memory.
 Docker's calls look here and nowhere else. A *draft* is a look that remembers which keys
 it saw at which revision, and what it wants to write; committed, it becomes one
 transaction that expects just those revisions.
+
+A host is the authority for what it has itself. What others delete of that, or of the
+networks it is in, stays in its view and is *missing*, until it is published again.
 """
 
 import bisect
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import TypeVar
 
 from cnmdriver.errors import StoreError
+from cnmdriver.model import Endpoint, Member, Network, Pool, Reservation, Vni
 from cnmdriver.store import records
 from cnmdriver.store.base import Change, Item
 
 R = TypeVar("R")
 
-OF_THE_STORE = ("cluster", "alive/", "fence/", "kept/", records.WATERMARKS)
+OF_THE_STORE = ("cluster", "alive/", "fence/", "kept/", "knocks/", records.WATERMARKS)
 """Records that end with the store's content: they are never published again."""
 
 
@@ -30,11 +35,35 @@ class Known:
     revision: int
 
 
+class Feed:
+    """What changed of a view since somebody last asked; watermarks are left out."""
+
+    def __init__(self, view: "View") -> None:
+        """Begin: the first question is answered with every key there is."""
+        self.view = view
+        self.fresh: set[str] | None = None
+
+    def drain(self) -> frozenset[str]:
+        """Return the keys that changed since the last call, own writes included."""
+        changed = self.fresh
+        if changed is None:
+            keys = (k for keys in self.view.order.values() for k in keys)
+            changed = set(filter(followed, keys))
+        self.fresh = set()
+        return frozenset(changed)
+
+    def add(self, key: str) -> None:
+        """Note a change."""
+        if self.fresh is not None:
+            self.fresh.add(key)
+
+
 class View:
     """Records by key, and by group of keys."""
 
-    def __init__(self) -> None:
-        """Know nothing yet."""
+    def __init__(self, owner: str = "") -> None:
+        """Know nothing yet; `owner` is the host whose own records nobody else ends."""
+        self.owner = owner
         self.revision = 0
         self.listed = 0
         """The last whole listing's revision: own writes may be ahead of others'."""
@@ -44,10 +73,17 @@ class View:
         self.written: dict[str, int] = {}
         self.malformed: dict[str, str] = {}
         self.missing: set[str] = set()
-        """Keys that a rewound store lacks: known to us, and to be published again."""
+        """Keys that the store lacks: known to us, and to be published again."""
         self.turns = 0
         """Counts what was news, but for watermarks."""
-        self.fresh: set[str] | None = None
+        self.feeds: list[Feed] = []
+        self.ending: Counter[str] = Counter()
+        """Keys that this host is deleting now: news of that is no surprise."""
+
+    def feed(self) -> Feed:
+        """Return a new account of what changes."""
+        self.feeds.append(Feed(self))
+        return self.feeds[-1]
 
     def get(self, kind: type[R], key: str) -> R | None:
         """Return the record under a key, None if there is none."""
@@ -89,44 +125,79 @@ class View:
         known = self.groups.get(records.group(key), {}).get(key)
         return known.revision if known else 0
 
-    def drain(self) -> frozenset[str]:
-        """
-        Return the keys that changed since the last call, own writes included.
-
-        The first call returns every key there is; nothing is remembered before it.
-        Watermarks are left out.
-        """
-        changed = self.fresh
-        if changed is None:
-            changed = {k for keys in self.order.values() for k in keys if followed(k)}
-        self.fresh = set()
-        return frozenset(changed)
-
-    def write(self, key: str, value: bytes | None, revision: int) -> bool:
+    def write(
+        self, key: str, value: bytes | None, revision: int, *, ours: bool = False
+    ) -> bool:
         """
         Take in what the store says of a key; older news than known changes nothing.
 
-        A value that is not a record is noted in `malformed` and left out.
+        A value that is not a record is noted in `malformed` and left out. What is not
+        `ours` does not end a record that only this host may end.
         """
         # What a listing lacks was gone by then: older news of it comes late.
-        if revision <= self.written.get(key, self.listed):
+        late = revision <= self.written.get(key, self.listed)
+        if late and not (ours and key in self.missing):
             return False
         self.written[key] = revision
         self.revision = max(self.revision, revision)
         self.malformed.pop(key, None)
-        self.missing.discard(key)
-        record = None
-        if value is not None:
-            try:
-                record = Known(records.decode(key, value), revision)
-            except StoreError as error:
-                self.malformed[key] = str(error)
-        self.set(key, record)
+        if value is None and not ours and not self.ending[key] and self.stays(key):
+            self.miss(key)
+        else:
+            self.missing.discard(key)
+            self.set(key, self.read(key, value, revision))
         if followed(key):
             self.turns += 1
-            if self.fresh is not None:
-                self.fresh.add(key)
+            for feed in self.feeds:
+                feed.add(key)
         return True
+
+    def read(self, key: str, value: bytes | None, revision: int) -> Known | None:
+        """Read a stored value; one that is no record is noted."""
+        if value is None:
+            return None
+        try:
+            return Known(records.decode(key, value), revision)
+        except StoreError as error:
+            self.malformed[key] = str(error)
+            return None
+
+    def miss(self, key: str) -> None:
+        """Keep a record that the store lacks."""
+        self.missing.add(key)
+        self.set(key, Known(self.get(object, key), 0))
+
+    def stays(self, key: str) -> bool:
+        """Tell whether a record is not for others to end: this host stands on it."""
+        if not self.owner:
+            return False
+        match self.get(object, key):
+            case Endpoint() | Member() as part:
+                return part.host == self.owner
+            case Reservation() as held:
+                pool = self.get(Pool, records.pool(held.space, held.cidr))
+                own = held.bound and held.host == self.owner
+                return own and pool is not None and self.serves(pool.network)
+            case Network() as network:
+                return self.serves(network.id)
+            case Pool() | Vni() as taken:
+                return self.serves(taken.network)
+        return key == records.host(self.owner)
+
+    def serves(self, network: str) -> bool:
+        """Tell whether the owner has a created part in a network."""
+        member = self.get(Member, records.member(network, self.owner))
+        return member is not None and bool(member.docker_id)
+
+    def restore(self, items: Mapping[str, Item], listed: int) -> None:
+        """Begin with what was known in an earlier life."""
+        for key, item in items.items():
+            self.set(key, self.read(key, item.value, item.revision))
+            if item.revision == 0:
+                self.missing.add(key)
+        self.revision = max([listed, *(i.revision for i in items.values())])
+        self.listed = listed
+        self.written = {k: i.revision for k, i in items.items() if i.revision > listed}
 
     def set(self, key: str, known: Known | None) -> None:
         """Put a record into its group, or take it out."""
@@ -160,7 +231,8 @@ class View:
             self.forget_revisions(listed)
         before = self.turns
         self.malformed = {k: v for k, v in self.malformed.items() if k in listed}
-        for key in self.lacking(listed):
+        # What a network has goes only after this host's part in it has.
+        for key in sorted(self.lacking(listed), key=stands):
             if self.written.get(key, 0) <= revision:
                 after = max(revision, self.written.get(key, 0) + 1)
                 self.write(key, None, after)
@@ -188,10 +260,13 @@ class View:
         self.revision = self.listed = 0
         self.written = {}
         for key in self.lacking(listed):
-            if key.startswith(OF_THE_STORE):
-                continue
-            self.missing.add(key)
-            self.set(key, Known(self.get(object, key), 0))
+            if not key.startswith(OF_THE_STORE):
+                self.miss(key)
+
+
+def stands(key: str) -> bool:
+    """Tell whether a record is there for the sake of members."""
+    return not key.startswith("members/")
 
 
 def followed(key: str) -> bool:
@@ -202,9 +277,15 @@ def followed(key: str) -> bool:
 class Draft:
     """A look at the view that collects one transaction."""
 
-    def __init__(self, view: View) -> None:
-        """Look at a view; nothing is written yet."""
+    def __init__(self, view: View, *, alone: str = "") -> None:
+        """
+        Look at a view; nothing is written yet.
+
+        `alone` says why the store cannot be asked: only what needs no other host's
+        word may be written then.
+        """
         self.view = view
+        self.alone = alone
         self.expect: dict[str, int] = {}
         self.puts: dict[str, object] = {}
         self.deletes: set[str] = set()

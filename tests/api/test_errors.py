@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from cnmdriver.api.app import _server_log
 from cnmdriver.errors import (
     Conflict,
     DriverError,
@@ -180,9 +181,41 @@ async def test_body_that_never_comes_is_bounded(docker, networks):
     reader, writer = await asyncio.open_unix_connection(docker.path)
     body = json.dumps(SOUND["NetworkDriver.Join"]).encode()
     writer.write(docker.bytes("/NetworkDriver.Join", body)[:-10])
-    assert (await docker.reply(reader)).status == 500
+    reply = await docker.reply(reader)
     writer.close()
+    assert reply.status == 400
+    text = "cannot read the request: it did not arrive within 0.5 s"
+    assert reply.json == {"Err": text, "Error": text}
     assert networks.calls == []
+
+
+@pytest.mark.parametrize(
+    ("garbage", "events"),
+    [
+        (b"\x16\x03\x01" + b"x" * 200 + b"\r\n\r\n", []),
+        (b"POST / HTTP/1.1\r\nA" + b"x" * 200 + b"\r\n\r\n", ["api.garbage"]),
+        (b"POST / HTTP/1.1\r\nA: " + b"x" * 99_999, ["api.garbage"]),
+    ],
+)
+async def test_garbage_leaves_no_trace(docker, logged, garbage, events):
+    """What is no HTTP gets 400 and at most a short line in the log."""
+    reader, writer = await asyncio.open_unix_connection(docker.path)
+    writer.write(garbage)
+    assert (await reader.readline()).startswith(b"HTTP/1.0 400 ")
+    writer.close()
+    assert [line["event"] for line in logged] == events
+    for line in logged:
+        assert line["log_level"] == "info"
+        assert len(line["error"]) < 400
+        assert "exc_info" not in line
+
+
+def test_faults_of_the_server_are_bugs(logged):
+    """What the server itself stumbles over is told with its trace."""
+    _server_log().error("it broke", exc_info=ZeroDivisionError())
+    (line,) = logged
+    assert (line["event"], line["error"]) == ("api.bug", "it broke")
+    assert isinstance(line["exc_info"], ZeroDivisionError)
 
 
 async def test_client_that_goes_away_cancels_nothing(docker, networks, logged):

@@ -1,6 +1,7 @@
 """Sections 1 and 2 of Docker's protocol: how it speaks, and how it begins."""
 
 import asyncio
+import gzip
 import json
 
 import pytest
@@ -143,3 +144,29 @@ async def test_half_a_megabyte_of_unknown_fields_is_accepted(docker):
     """The limit does not hinder what Docker may grow to."""
     request = sound("NetworkDriver.Join", Padding="x" * 500_000)
     assert (await docker.call("NetworkDriver.Join", request)).status == 200
+
+
+async def test_what_is_said_to_be_too_much_is_not_awaited(docker, networks):
+    """A body that is announced as too large is refused before any of it came."""
+    reader, writer = await asyncio.open_unix_connection(docker.path)
+    head = docker.bytes("/NetworkDriver.Join").replace(b": 0", b": 1048577")
+    writer.write(head)
+    async with asyncio.timeout(0.4):
+        reply = await docker.reply(reader)
+    writer.close()
+    assert reply.status == 400
+    assert "more than 1048576 bytes" in reply.json["Err"]
+    assert networks.calls == []
+
+
+async def test_a_body_is_not_unpacked(docker, networks):
+    """A compressed body is no JSON: a small one could become a large one."""
+    body = gzip.compress(json.dumps(sound("NetworkDriver.Join")).encode())
+    head = docker.bytes("/NetworkDriver.Join", body)
+    head = head.replace(b"\r\n", b"\r\nContent-Encoding: gzip\r\n", 1)
+    reader, writer = await asyncio.open_unix_connection(docker.path)
+    writer.write(head)
+    reply = await docker.reply(reader)
+    writer.close()
+    assert reply.status == 400
+    assert networks.calls == []

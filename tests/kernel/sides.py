@@ -16,7 +16,7 @@ from pathlib import Path
 from cnmdriver.dataplane.handler import Step, nothing
 from cnmdriver.dataplane.kernel import Kernel
 from cnmdriver.model import Endpoint, Host, IPAddress, Member, Network, Remote
-from cnmdriver.plan import devices, overlay
+from cnmdriver.plan import devices, firewall, overlay
 from cnmdriver.plan.ops import Op, Plan, compare, union
 
 from .conftest import CLONE_NEWNET, Namespace, call, namespace, network, run
@@ -36,6 +36,8 @@ class Side:
     host: Host
     stack: ExitStack
     boxes: dict[str, Namespace] = field(default_factory=dict)
+    vteps: tuple[IPAddress, ...] = ()
+    """Where the tunnels of the other hosts end."""
 
     @contextmanager
     def entered(self) -> Iterator[None]:
@@ -105,8 +107,10 @@ class Side:
     def plan(self, net: Network, *endpoints: Endpoint, others: Plan = ()) -> Plan:
         """Return the plan of a network with endpoints here, and what is elsewhere."""
         own = self.member(net)
+        plan = overlay.network(net, own, self.host)
+        let_in = tuple(map(firewall.vtep, self.vteps))
         parts = (overlay.endpoint(net, own, e, self.host) for e in endpoints)
-        return union((overlay.network(net, own, self.host), *parts, others))
+        return union((plan, let_in, *parts, others))
 
     def remote(self, net: Network, *remotes: Remote) -> Plan:
         """Return what lets containers here reach some elsewhere."""
@@ -198,6 +202,7 @@ async def pair(directory: Path, version: int = 4) -> AsyncIterator[tuple[Side, S
         )
         addressed(one, "eth0")
         addressed(two, "eth0")
+        one.vteps, two.vteps = (two.host.vtep,), (one.host.vtep,)
         yield one, two
 
 

@@ -14,7 +14,7 @@ import pytest
 from cnmdriver.dataplane.kernel import Kernel
 from cnmdriver.errors import Conflict, KernelError
 from cnmdriver.model import TCP
-from cnmdriver.plan import devices, firewall
+from cnmdriver.plan import antispoof, devices, firewall, ops
 from cnmdriver.plan.ops import (
     Address,
     Bridge,
@@ -707,9 +707,10 @@ def without_sockets(state):
 
 
 async def test_table_stays_for_others(kernel):
-    """The table is made once, and clearing one network's elements leaves it."""
+    """A table is made once, and clearing one network's elements leaves it."""
     await kernel.apply(PLAN)
     elements = tuple(op for op in PLAN if isinstance(op, Element))
     await kernel.clear(elements)
     found = [op for op in await kernel.found() if isinstance(op, Table | Element)]
-    assert found == [replace(firewall.table(), text=None)]
+    tables = (antispoof.table(ops.HOST), firewall.table())
+    assert found == [replace(table, text=None) for table in tables]

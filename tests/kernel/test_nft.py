@@ -4,22 +4,26 @@ import asyncio
 import socket
 import time
 from dataclasses import replace
-from ipaddress import IPv6Address
+from ipaddress import IPv6Address, ip_address
 
 import pytest
 
 from cnmdriver.dataplane import conntrack
-from cnmdriver.dataplane.nft import Nft
+from cnmdriver.dataplane.inside import Inside
+from cnmdriver.dataplane.nft import Firewall, Nft
 from cnmdriver.errors import KernelError
 from cnmdriver.model import SCTP, TCP, UDP
-from cnmdriver.plan import firewall
-from cnmdriver.plan.ops import Element, Table, compare
+from cnmdriver.plan import antispoof, firewall
+from cnmdriver.plan.ops import HOST, Element, Table, compare
 
 from .conftest import V4, V6, endpoint, network, published, run, whole
 
 pytestmark = pytest.mark.root
 
 TABLE = firewall.table()
+BRIDGES = antispoof.table(HOST)
+TABLES = {"inet": TABLE, "bridge": BRIDGES}
+PORT = '"pe-0123456789"'
 ANY = Element(set="any4", item=("tcp", "8080"), value=("10.200.1.2", "80"))
 
 MAPPED = str(IPv6Address("::ffff:a00:1"))
@@ -61,19 +65,45 @@ SPELLINGS = [
         Element(set="bound6", item=(ip, "udp", "80"), value=("fd00::2", "80"))
         for ip in ("2001:db8::1", "fe80::1", "1:0:1::", MAPPED)
     ),
+    *(
+        Element(set="tunnels", item=(port, vni))
+        for port in ("1", "4789", "65535")
+        for vni in ("0x1", "0x989680", "0xffffff")
+    ),
+    *(
+        Element(set=f"{name}{address.version}", item=(str(address),))
+        for name in ("ends", "vteps")
+        for address in map(ip_address, ("192.0.2.1", "2001:db8::1", MAPPED))
+    ),
+    *(
+        Element(family="bridge", set=name, item=(PORT, *item))
+        for name, *item in (
+            ("ports",),
+            ("assigned",),
+            ("macs", "02:42:0a:01:00:02"),
+            ("macs", "00:00:00:00:00:0a"),
+            ("ips4", "10.200.1.2"),
+            ("ips6", "fd00::2"),
+            ("ips6", MAPPED),
+            ("targets", "0x2"),
+            ("targets", "0xfe8000000000000000420afffe010002"),
+            ("targets", "0xffffffffffffffffffffffffffffffff"),
+        )
+    ),
 ]
 
 
 @pytest.mark.parametrize("element", SPELLINGS, ids=lambda e: f"{e.set} {e.text}")
 async def test_round_trip(kernel, element):
     """An element is found exactly as it was added, twice makes no difference."""
-    plan = (TABLE, element)
+    table = TABLES[element.family]
+    plan = (table, element)
     await kernel.apply(plan)
-    assert await kernel.found(plan) == (replace(TABLE, text=None), element)
+    assert await kernel.found(plan) == (replace(table, text=None), element)
     await kernel.apply(plan)
     assert not compare(plan, await kernel.found(plan))
     await kernel.clear((element,))
-    assert await kernel.found() == (replace(TABLE, text=None),)
+    assert await kernel.found() == (replace(table, text=None),)
 
 
 async def test_round_trip_of_all(kernel):
@@ -174,14 +204,29 @@ async def test_an_older_text_is_replaced(kernel):
     assert "guard" in run("nft", "list", "ruleset")
 
 
+async def test_both_tables_are_replaced(kernel):
+    """With both texts older, each table keeps its own elements."""
+    elements = tuple(e for e in SPELLINGS if e.set not in {"own4", "masq4"})
+    old = replace(
+        BRIDGES,
+        mark="text_00000000",
+        text=BRIDGES.text.replace(BRIDGES.mark, "text_00000000"),
+    )
+    await kernel.apply((old_table(), old, *elements))
+    await kernel.apply((TABLE, BRIDGES, ANY))
+    plan = (TABLE, BRIDGES, *elements)
+    assert not compare(plan, await kernel.found(plan))
+
+
 async def test_a_replaced_text_comes_back(kernel):
     """If the plan fails after the text was replaced, the old text is back."""
-    await kernel.apply((old_table(), ANY))
+    await kernel.apply((old_table(), *SPELLINGS[-40:], ANY, BRIDGES))
     before = run("nft", "-s", "list", "ruleset")
     sysctl = next(op for op in whole(network(V4)) if op.key[0] == "sysctl")
     bad = replace(sysctl, path="net/no/such/thing")
+    new = replace(BRIDGES, mark="text_1", text=BRIDGES.text.replace("text_", "text_1"))
     with pytest.raises(KernelError, match="net/no/such/thing"):
-        await kernel.apply((TABLE, bad))
+        await kernel.apply((TABLE, new, bad))
     assert run("nft", "-s", "list", "ruleset") == before
 
 
@@ -317,3 +362,38 @@ async def test_every_published_port_loads(kernel):
     await kernel.apply(plan)
     assert not compare(plan, await kernel.found(plan))
     assert len(plan) == 16
+
+
+async def test_elements_of_two_tables_are_undone(kernel):
+    """A failed plan takes back what it added to one table, and no more of the other."""
+    port = Element(family="bridge", set="ports", item=(PORT,))
+    await kernel.apply((TABLE, BRIDGES, port, ANY))
+    before = run("nft", "-s", "list", "ruleset")
+    sysctl = next(op for op in whole(network(V4)) if op.key[0] == "sysctl")
+    bad = replace(sysctl, path="net/no/such/thing")
+    new = replace(ANY, item=("tcp", "8081"))
+    for plan in ((port, sysctl, ANY, new), (sysctl, port, ANY), (new, sysctl, port)):
+        with pytest.raises(KernelError, match="net/no/such/thing"):
+            await kernel.apply((*plan, bad))
+        assert run("nft", "-s", "list", "ruleset") == before
+
+
+async def test_drops_are_counted(kernel):
+    """What our tables drop is counted by kind, whatever other tables count."""
+    await kernel.apply((TABLE, BRIDGES))
+    run("nft", "table inet other { counter mine { packets 7 bytes 7; }; }")
+    elements = "inet pynet tunnels { 9 . 0x303030 }"
+    run("nft", "add", "element", *elements.split())
+    with udp("127.0.0.1", 0) as client:
+        for _ in range(3):
+            client.sendto(b"0" * 16, ("127.0.0.1", 9))
+    inside = Inside("test")
+    await inside.open()
+    nft = Nft(inside)
+    await nft.open()
+    counts = await Firewall(nft).drops()
+    await nft.close()
+    inside.close()
+    assert {kind: n for kind, n in counts.items() if n} == {"unknown_vtep": 3}
+    assert set(counts) >= {"wrong_way", "spoofed_mac", "spoofed_arp", "spoofed_dhcp"}
+    assert "mine" not in counts

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from cnmdriver.errors import StoreError
-from cnmdriver.store.base import Change, CompactedError
+from cnmdriver.store.base import Change, CompactedError, Item
+from cnmdriver.store.mending import checksum
 from cnmdriver.store.sqlite import SqliteStore
 
 ROOT = Path(__file__).parents[2]
@@ -35,6 +36,18 @@ async def main():
         print(number, flush=True)
 
 asyncio.run(main())
+"""
+
+
+FIRST = """
+CREATE TABLE records (
+    key TEXT PRIMARY KEY, value BLOB NOT NULL, revision INTEGER NOT NULL, lease INTEGER
+) WITHOUT ROWID;
+CREATE TABLE history (revision INTEGER NOT NULL, key TEXT NOT NULL, value BLOB);
+CREATE INDEX history_revision ON history (revision);
+CREATE TABLE state (name TEXT PRIMARY KEY, number INTEGER NOT NULL);
+INSERT INTO state VALUES ('revision', 9), ('compacted', 0), ('schema', 1);
+INSERT INTO records VALUES ('a', x'31', 7, NULL);
 """
 
 
@@ -72,10 +85,11 @@ async def test_the_directory_is_made(opened, tmp_path):
 
 
 async def test_a_second_daemon_is_refused(opened, tmp_path):
-    """A store that another daemon has is refused, with the file's name."""
+    """A store that another daemon has is refused, with the file's name and the pid."""
     path = tmp_path / "store.db"
     first = await opened(path)
-    with pytest.raises(StoreError, match=f"another pynet has .* {path}; stop it"):
+    told = rf"^another pynet has .* {path} \(pid {os.getpid()}\); stop it"
+    with pytest.raises(StoreError, match=told):
         await opened(path)
     await first.commit(Change(puts={"a": b"1"}))
     await first.close()
@@ -118,11 +132,31 @@ async def test_a_newer_schema_is_refused(opened, tmp_path):
     store = await opened(path)
     await store.commit(Change(puts={"a": b"1"}))
     await store.close()
+    newer = (3, checksum("schema", 3))
     with sqlite3.connect(path) as connection:
-        connection.execute("UPDATE state SET number = 2 WHERE name = 'schema'")
+        connection.execute(
+            "UPDATE state SET (number, checksum) = (?, ?) WHERE name = 'schema'", newer
+        )
     connection.close()
-    with pytest.raises(StoreError, match=f"{path} has schema 2, this pynet knows 1"):
+    before = path.read_bytes()
+    with pytest.raises(StoreError, match=f"{path} has schema 3, this pynet knows 2"):
         await opened(path)
+    assert path.read_bytes() == before
+
+
+async def test_an_older_schema_is_taken_over(opened, tmp_path):
+    """A file of the first version keeps its records and revisions."""
+    path = tmp_path / "store.db"
+    with sqlite3.connect(path) as connection:
+        connection.executescript(FIRST)
+    connection.close()
+    store = await opened(path)
+    assert store.mended == ""
+    listing = await store.read("")
+    assert listing.items == {"a": Item(value=b"1", revision=7)}
+    assert await store.commit(Change(puts={"b": b"2"})) == 10
+    await store.close()
+    assert sorted((await (await opened(path)).read("")).items) == ["a", "b"]
 
 
 @pytest.mark.parametrize("content", [b"no database at all" * 100, b"\0" * 5000])
@@ -203,8 +237,7 @@ async def test_history_is_forgotten_by_itself(opened, tmp_path):
         await anext(store.watch("", 1000))
     (event,) = await anext(store.watch("", 1001))
     assert (event.revision, event.value) == (1001, b"1000")
-    count = store.db.execute("SELECT count(*) FROM history").fetchone()
-    assert count == (1000,)
+    assert len(store.history) == 1000
 
 
 async def test_a_slow_disk_is_a_sentence(opened, tmp_path, monkeypatch):

@@ -374,40 +374,44 @@ def test_a_pool_in_a_draft(view):
 
 def test_the_first_look_at_changes(view):
     """Who asks for the first time gets every key there is, and nothing that is gone."""
+    feed = view.feed()
     write(view, "hosts/a", None, 6)
     write(view, "members/n/a", member("n", "a"), 7)
     write(view, "watermarks/a", Watermark(revision=1), 8)
-    assert view.drain() == {"hosts/b", "members/n/a"}
-    assert view.drain() == frozenset()
+    assert feed.drain() == {"hosts/b", "members/n/a"}
+    assert feed.drain() == frozenset()
 
 
 def test_changes_since_the_last_look(view):
     """Puts and deletions count once each, whichever way they came; old news does not."""
-    view.drain()
+    feed = view.feed()
+    feed.drain()
     write(view, "hosts/a", host("a", "2"), 6)
     write(view, "hosts/a", host("a", "3"), 7)
     write(view, "hosts/b", host("b", "old"), 4)
     write(view, "members/n/a", None, 8)
     write(view, "watermarks/a", Watermark(revision=1), 8)
-    assert view.drain() == {"hosts/a", "members/n/a"}
-    assert view.drain() == frozenset()
+    assert feed.drain() == {"hosts/a", "members/n/a"}
+    assert feed.drain() == frozenset()
     view.replace([("hosts/a", item(host("a", "4"), 9))], 9)
-    assert view.drain() == {"hosts/a", "hosts/b"}
+    assert feed.drain() == {"hosts/a", "hosts/b"}
 
 
 def test_nobody_looks_for_changes(view):
     """Changes nobody has ever asked for are not remembered."""
+    feed = view.feed()
     for number in range(1000):
         write(view, f"hosts/{number}", host("x"), 10 + number)
         write(view, f"hosts/{number}", None, 2000 + number)
-    assert view.fresh is None
+    assert feed.fresh is None
 
 
 def test_a_malformed_value_is_a_change(view):
     """A key whose value cannot be read any more has changed."""
-    view.drain()
+    feed = view.feed()
+    feed.drain()
     view.write("hosts/a", b"?", 7)
-    assert view.drain() == {"hosts/a"}
+    assert feed.drain() == {"hosts/a"}
 
 
 def test_watermarks_are_no_news(view):

@@ -14,7 +14,7 @@ from cnmdriver.model import (
     Remote,
     Subnet,
 )
-from cnmdriver.plan import bridge, firewall, ops
+from cnmdriver.plan import antispoof, bridge, firewall, ops
 from cnmdriver.plan.ops import Accept, Address, Bridge, Element, Hold, Sysctl, Veth
 
 FOUR = Subnet(
@@ -44,6 +44,7 @@ ENDPOINT = Endpoint(
     mac="02:42:0a:01:00:02",
     ipv4=ip_interface("10.1.0.2/24"),
 )
+OWN = antispoof.endpoint(NETWORK, ENDPOINT, ops.HOST)
 PORT = Published(protocol=TCP, port=80, host_ip=None, host_port=8080)
 
 
@@ -60,6 +61,7 @@ def test_mtu():
 def test_network():
     """An IPv4 network: rules, the way through the host's firewall, bridge, gateway."""
     assert bridge.network(NETWORK, MEMBER, HOST) == (
+        antispoof.table(ops.HOST),
         firewall.table(),
         Element(set="bridges", item=('"pn-1"',)),
         Element(set="self", item=('"pn-1"', '"pn-1"')),
@@ -82,7 +84,7 @@ def test_network():
 def test_dual_network():
     """Both families: each has its accept and forwarding, and IPv6 a link-local router."""
     plan = bridge.network(DUAL, MEMBER, HOST)
-    assert names(plan)[7:] == [
+    assert names(plan)[8:] == [
         "accept 4",
         "accept 6",
         "sysctl net/ipv4/ip_forward",
@@ -108,7 +110,7 @@ def test_dual_network():
 def test_ipv6_network():
     """Without IPv4 there is nothing of it: no accept, no forwarding, no setting."""
     plan = bridge.network(replace(NETWORK, subnets=(SIX,)), MEMBER, HOST)
-    assert names(plan)[1:] == [
+    assert names(plan)[2:] == [
         'element inet pynet bridges "pn-1"',
         'element inet pynet self "pn-1" "pn-1"',
         'element inet pynet own6 fd00::/64 "pn-1"',
@@ -126,7 +128,7 @@ def test_ipv6_network():
 def test_internal_network():
     """The host keeps its address on an internal network, and routes nothing for it."""
     plan = bridge.network(replace(DUAL, internal=True), MEMBER, HOST)
-    assert names(plan)[1:] == [
+    assert names(plan)[2:] == [
         'element inet pynet bridges "pn-1"',
         'element inet pynet internal "pn-1"',
         'element inet pynet self "pn-1" "pn-1"',
@@ -154,6 +156,7 @@ def test_network_without_subnets():
     """A network that Docker gives no addresses is a bridge and its rules."""
     plan = bridge.network(replace(NETWORK, subnets=()), MEMBER, HOST)
     assert names(plan) == [
+        "table bridge pynet",
         "table inet pynet",
         'element inet pynet bridges "pn-1"',
         'element inet pynet self "pn-1" "pn-1"',
@@ -170,8 +173,9 @@ def test_subnet_without_gateway():
 
 
 def test_endpoint():
-    """An endpoint that publishes nothing is one pair."""
+    """An endpoint that publishes nothing is what its port lets out, and one pair."""
     assert bridge.endpoint(NETWORK, MEMBER, ENDPOINT, HOST) == (
+        *OWN,
         Veth(
             name="pe-4b5e57f6eb",
             peer="pc-4b5e57f6eb",
@@ -187,18 +191,22 @@ def test_endpoint():
 
 def test_endpoint_without_icc():
     """Without traffic between containers each port is isolated."""
-    (veth,) = bridge.endpoint(replace(NETWORK, icc=False), MEMBER, ENDPOINT, HOST)
+    network = replace(NETWORK, icc=False)
+    *own, veth = bridge.endpoint(network, MEMBER, ENDPOINT, HOST)
+    assert tuple(own) == OWN
     assert veth.isolated is True
 
 
 def test_endpoint_that_publishes():
     """Published ports are held before they are translated, and turn hairpin on."""
-    veth, *rest = bridge.endpoint(
+    plan = bridge.endpoint(
         NETWORK,
         MEMBER,
         replace(ENDPOINT, published=(PORT, replace(PORT, protocol=UDP))),
         HOST,
     )
+    veth, *rest = plan[len(OWN) :]
+    assert plan[: len(OWN)] == OWN
     target = IPv4Address("10.1.0.2")
     assert veth.hairpin is True
     assert rest == [
@@ -207,6 +215,14 @@ def test_endpoint_that_publishes():
         Element(set="any4", item=("tcp", "8080"), value=("10.1.0.2", "80")),
         Element(set="any4", item=("udp", "8080"), value=("10.1.0.2", "80")),
     ]
+
+
+def test_network_that_allows_spoofing():
+    """Where containers may spoof nothing of that is there."""
+    network = replace(NETWORK, spoof=True)
+    assert "table bridge pynet" not in names(bridge.network(network, MEMBER, HOST))
+    (veth,) = bridge.endpoint(network, MEMBER, ENDPOINT, HOST)
+    assert isinstance(veth, Veth)
 
 
 def test_other_hosts():

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,7 +15,6 @@ from pathlib import Path
 import aiohttp
 import pytest
 import structlog
-from aiohttp import web
 
 from cnmdriver import daemon, listening
 from cnmdriver.daemon import Daemon
@@ -111,117 +109,6 @@ def test_one_after_another(name):
 def test_nobody_to_ask(name):
     """Without a holder its pid is unknown."""
     assert daemon.owner() == "unknown"
-
-
-# Sockets.
-
-
-@pytest.fixture
-def path(short) -> Path:
-    """Name a socket in a directory that is not there yet."""
-    return short / "run" / "a.sock"
-
-
-def listener(path: Path, kind: int = socket.SOCK_STREAM) -> socket.socket:
-    """Bind a socket as another program would."""
-    path.parent.mkdir(exist_ok=True)
-    bound = socket.socket(socket.AF_UNIX, kind)
-    bound.bind(str(path))
-    if kind == socket.SOCK_STREAM:
-        bound.listen(1)
-    return bound
-
-
-def test_nothing_in_the_way(path):
-    """Where nothing is, only the directory is made, for its owner alone."""
-    listening.clear_stale(path)
-    assert list(path.parent.iterdir()) == []
-    assert path.parent.stat().st_mode & 0o777 == 0o700
-
-
-def test_a_stale_socket_goes(path):
-    """A socket whose program is gone is removed."""
-    listener(path).close()
-    listening.clear_stale(path)
-    assert not path.exists()
-
-
-def test_a_live_socket_stays(path):
-    """A socket with a program behind it is refused and left alone."""
-    with (
-        listener(path),
-        pytest.raises(InvalidParameter, match=f"^another program listens on {path}; "),
-    ):
-        listening.clear_stale(path)
-    assert path.exists()
-
-
-def test_a_busy_socket_stays(path):
-    """A program that has no time for another connection is alive all the same."""
-    with listener(path) as busy:
-        busy.listen(0)
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as waiting:
-            waiting.connect(str(path))
-            with pytest.raises(InvalidParameter, match="another program listens"):
-                listening.clear_stale(path)
-    assert path.exists()
-
-
-def test_a_socket_of_another_kind_stays(path):
-    """A datagram socket is another program's, too."""
-    with (
-        listener(path, socket.SOCK_DGRAM),
-        pytest.raises(InvalidParameter, match="another program listens"),
-    ):
-        listening.clear_stale(path)
-    assert path.exists()
-
-
-@pytest.mark.parametrize("make", [Path.touch, Path.mkdir])
-def test_a_file_stays(path, make):
-    """What is no socket is refused and left alone."""
-    path.parent.mkdir()
-    make(path)
-    with pytest.raises(InvalidParameter, match=f"^{path} is in the way and no socket"):
-        listening.clear_stale(path)
-    assert path.exists()
-
-
-@pytest.mark.parametrize("target", ["live.sock", "nowhere"])
-def test_a_symlink_stays(path, target):
-    """A symbolic link is refused, wherever it leads, and so is not followed."""
-    with listener(path.with_name("live.sock")):
-        path.symlink_to(target)
-        with pytest.raises(InvalidParameter, match="is in the way and no socket"):
-            listening.clear_stale(path)
-    assert path.is_symlink()
-
-
-def test_no_directory(short):
-    """A directory that cannot be made is refused with its name."""
-    (short / "file").touch()
-    path = short / "file" / "a.sock"
-    with pytest.raises(InvalidParameter, match=f"cannot make directory {path.parent}"):
-        listening.clear_stale(path)
-
-
-async def test_listening(path):
-    """A socket is for its owner alone, replaces a stale one, and goes in the end."""
-    listener(path).close()
-    async with listening.listening(web.AppRunner(web.Application()), path):
-        assert path.is_socket()
-        assert path.stat().st_mode & 0o777 == 0o600
-        with pytest.raises(InvalidParameter, match="another program"):
-            listening.clear_stale(path)
-    assert not path.exists()
-
-
-async def test_a_path_that_is_too_long(short):
-    """A path that no socket can have is refused in words."""
-    path = short / ("a" * 120)
-    with pytest.raises(InvalidParameter, match=f"^cannot listen on {path}: "):
-        async with listening.listening(web.AppRunner(web.Application()), path):
-            pass
 
 
 # Files.
@@ -366,12 +253,13 @@ def test_run_says_why(name, short, capsys, given, text):
     (short / "bad" / "local.db").mkdir(parents=True)
     given = {key: value.format(short) for key, value in given.items()}
     assert daemon.run(replace(settings(short), **given)) == daemon.BUSY == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    *_, line = capsys.readouterr().err.splitlines()
     assert line.startswith("pynet: " + text.format(short))
 
 
-async def test_another_has_the_store(name, short):
+async def test_another_has_the_store(name, short, monkeypatch):
     """A store that another daemon has is refused, and all that was opened is closed."""
+    monkeypatch.setattr(daemon, "PATIENCE", 0.5)
     other = SqliteStore(short / "state" / "store.db")
     await other.open()
     with pytest.raises(StoreError, match=r"^another pynet has the embedded store "):
@@ -469,7 +357,7 @@ async def test_a_loop_that_fails_ends_all(short):
         async def broken() -> None:
             raise ZeroDivisionError
 
-        parts.state.follow = broken
+        whole.sync.run = broken
         with pytest.raises(ExceptionGroup) as failed:
             async with asyncio.timeout(5):
                 await whole.until(asyncio.Event())

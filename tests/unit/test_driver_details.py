@@ -23,7 +23,7 @@ from cnmdriver.model import (
     Reservation,
     Subnet,
 )
-from cnmdriver.plan import devices
+from cnmdriver.plan import devices, pools
 from cnmdriver.plan.ops import Address, Bridge, Element, Table, Veth
 from cnmdriver.store import records
 from cnmdriver.store.records import Space
@@ -344,7 +344,7 @@ def test_same_wish(held, wanted, claimed, same):
 )
 def test_inside(part, whole, inside):
     """A part has all its addresses in the whole, of the same family."""
-    assert ipam.inside(ip_network(part), ip_network(whole)) is inside
+    assert pools.inside(ip_network(part), ip_network(whole)) is inside
 
 
 def request(space="local", pool=None, sub=None, options=None):

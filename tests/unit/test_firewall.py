@@ -102,6 +102,9 @@ def test_every_set_that_is_filled_is_there():
             firewall.published(replace(DUAL, published=ports)),
             firewall.docker(["docker0"]),
             firewall.access(NETWORK, "b"),
+            firewall.tunnel(1, ip_address("192.0.2.1"), 4789),
+            firewall.tunnel(1, ip_address("2001:db8::1"), 4789),
+            map(firewall.vtep, map(ip_address, ("192.0.2.2", "2001:db8::2"))),
         )
         for op in plan
     }

@@ -9,7 +9,7 @@ import pytest
 import structlog
 
 from cnmdriver.driver import hosts as module
-from cnmdriver.driver.hosts import Hosts, Wish, refuse, watermarks
+from cnmdriver.driver.hosts import Hosts, refuse, watermarks
 from cnmdriver.errors import Conflict, InvalidParameter, StoreError
 from cnmdriver.model import Alive, Host, Underlay, Watermark
 from cnmdriver.store import records
@@ -35,7 +35,7 @@ def one(rigs):
 
 def publisher(rig, vtep):
     """Return what publishes a host, whose user wants an address."""
-    return Hosts(rig.site, Wish(vtep=vtep))
+    return Hosts(rig.site, vtep)
 
 
 def published(rig, host):
@@ -203,9 +203,14 @@ async def test_no_such_address(rigs):
         raise InvalidParameter(f"no {wish} towards {towards}")
 
     rigs[0].kernel.underlay = none
-    wish = Wish(vtep="eth9", towards=(ip_address("192.0.2.9"),))
-    with pytest.raises(InvalidParameter, match=r"^no eth9 towards .*192\.0\.2\.9"):
-        await Hosts(rigs[0].site, wish).publish()
+
+    async def towards():
+        return (ip_address("192.0.2.9"),)
+
+    with pytest.raises(InvalidParameter, match=r"^no  towards .*192\.0\.2\.9"):
+        await Hosts(rigs[0].site, "", towards).publish()
+    with pytest.raises(InvalidParameter, match=r"^no eth9 towards"):
+        await Hosts(rigs[0].site, "eth9", towards).publish()
 
 
 # Keeping it true.

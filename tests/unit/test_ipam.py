@@ -646,7 +646,7 @@ async def test_a_block_of_another_host(docker):
         await docker.address(pool_id, "10.1.0.5")
     assert str(refused.value) == (
         "address 10.1.0.5 lies in block 10.1.0.0/27, whose addresses host 01234567 "
-        "gives out; choose another address"
+        "gives out, which does not give this one; choose another address"
     )
 
 

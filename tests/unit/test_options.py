@@ -13,7 +13,7 @@ from cnmdriver.plan.options import Options
 KNOWN = (
     "pynet.bridge, pynet.flood, pynet.gateway, pynet.host_access, "
     "pynet.host_binding, pynet.icc, pynet.masquerade, pynet.mode, pynet.mtu, "
-    "pynet.prefix"
+    "pynet.prefix, pynet.spoof"
 )
 
 
@@ -29,6 +29,7 @@ def test_nothing_said():
         gateway=None,
         flood=None,
         host_access=None,
+        spoof=None,
         prefix="eth",
         unknown=(),
     )
@@ -47,8 +48,10 @@ def test_everything_said():
         "pynet.host_binding": "192.0.2.1",
         "pynet.gateway": "docker",
         "pynet.prefix": "net",
+        "pynet.spoof": "allow",
     }
     assert options.parse(said) == Options(
+        spoof=True,
         mode="overlay",
         flood=True,
         host_access=True,
@@ -288,6 +291,18 @@ def test_choice_of_words():
     with pytest.raises(InvalidParameter) as refused:
         read("k", "blue")
     assert str(refused.value) == "option k=blue: give red or green"
+
+
+def test_spoof():
+    """Spoofing is allowed or denied by name; anything else is no answer."""
+    read = options.READERS["pynet.spoof"]
+    assert (read("k", "allow"), read("k", "deny")) == (True, False)
+    # A network's own option, as a command line that joins it has it.
+    assert (read("k", "true"), read("k", "false")) == (True, False)
+    for text in ("", "yes", "Allow"):
+        with pytest.raises(InvalidParameter) as refused:
+            read("k", text)
+        assert str(refused.value) == f"option k={text}: give allow or deny"
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from cnmdriver.model import (
     Remote,
     Subnet,
 )
-from cnmdriver.plan import devices, firewall, ops, overlay
+from cnmdriver.plan import antispoof, devices, firewall, ops, overlay
 from cnmdriver.plan.ops import (
     FLOOD,
     Accept,
@@ -82,13 +82,19 @@ PORT = Published(protocol=TCP, port=80, host_ip=None, host_port=8080)
 X = "b1f51a511f"
 """The digits of the network's devices."""
 
-GROUND = (
+BARE = (
     Namespace(name="blue", alias="pynet:01234567:namespace:blue"),
     Sysctl(where="blue", path="net/bridge/bridge-nf-call-iptables", value="0"),
     Sysctl(where="blue", path="net/bridge/bridge-nf-call-ip6tables", value="0"),
     Sysctl(where="blue", path="net/bridge/bridge-nf-call-arptables", value="0"),
     overlay.table("blue"),
 )
+GUARD = (
+    firewall.table(),
+    Element(set="tunnels", item=("4790", "0x989687")),
+    Element(set="ends4", item=("192.0.2.1",)),
+)
+GROUND = (*BARE, *GUARD)
 BRIDGE = Bridge(
     where="blue",
     name=f"pn-{X}",
@@ -148,7 +154,7 @@ def test_mtu(vtep, underlay, mtu):
 
 
 def test_network():
-    """With Docker's gateway all is in pynet's namespace: bridge and tunnel, no more."""
+    """With Docker's gateway all but the guard is in pynet's namespace: two devices."""
     assert overlay.network(NETWORK, MEMBER, HOST) == PLAIN
 
 
@@ -175,7 +181,9 @@ def test_ipv4_alone():
 def test_ipv6_underlay():
     """The tunnel's own end may be an IPv6 address."""
     plan = overlay.network(NETWORK, MEMBER, HOST6)
-    assert plan == (*PLAIN[:-1], replace(VXLAN, local=ip_address("2001:db8::1")))
+    end = Element(set="ends6", item=("2001:db8::1",))
+    device = replace(VXLAN, local=ip_address("2001:db8::1"))
+    assert plan == (*BARE, *GUARD[:2], end, BRIDGE, IPV6, device)
 
 
 def test_flood_and_no_icc():
@@ -188,7 +196,7 @@ def test_flood_and_no_icc():
 
 @pytest.mark.parametrize("gateway", ["docker", "pynet"])
 def test_internal(gateway):
-    """An internal network has nothing in the host's namespace, whoever is its router."""
+    """An internal network has nothing on the host but the guard, whoever its router."""
     network = replace(NETWORK, internal=True, gateway=gateway)
     assert overlay.network(network, MEMBER, HOST) == PLAIN
 
@@ -199,13 +207,12 @@ def test_internal(gateway):
 )
 def test_without_a_tunnel(network, host):
     """A host that has lost its VTEP address keeps all but the tunnel."""
-    assert overlay.network(network, MEMBER, host) == PLAIN[:-1]
+    assert overlay.network(network, MEMBER, host) == (*BARE, BRIDGE, IPV6)
     assert overlay.remote(network, MEMBER, REMOTE, host) == ()
     assert overlay.peer(replace(network, flood=True), MEMBER, REMOTE.vtep, host) == ()
 
 
 GATEWAY_RULES = (
-    firewall.table(),
     Element(set="bridges", item=(f'"pg-{X}"',)),
     Element(set="self", item=(f'"pg-{X}"', f'"pg-{X}"')),
     Element(set="own4", item=("10.1.0.0/24", f'"pg-{X}"')),
@@ -266,8 +273,7 @@ def test_gateway():
 def test_gateway_of_ipv6():
     """A network of IPv6 alone has a gateway of it, and nothing of IPv4."""
     plan = overlay.network(replace(OPEN, subnets=(SIX,)), MEMBER, HOST)
-    assert names(plan)[5:] == [
-        "table inet pynet",
+    assert names(plan)[8:] == [
         f'element inet pynet bridges "pg-{X}"',
         f'element inet pynet self "pg-{X}" "pg-{X}"',
         f'element inet pynet own6 fd00::/64 "pg-{X}"',
@@ -356,7 +362,6 @@ def test_host_access(change):
     network = replace(NETWORK, host_access=True, **change)
     assert overlay.network(network, TAKES_PART, HOST) == (
         *GROUND,
-        firewall.table(),
         *access_rules(closed=True),
         BRIDGE,
         IPV6,
@@ -441,24 +446,26 @@ VETH = Veth(
     mtu=1450,
     alias="pynet:01234567:endpoint:web",
 )
+OWN = antispoof.endpoint(NETWORK, ENDPOINT, "blue")
 LEARNT = Fdb(where="blue", device="pe-4b5e57f6eb", mac="02:42:0a:01:00:02")
 
 
 def test_endpoint():
-    """An endpoint is a pair, and its MAC on its own port for good."""
-    assert overlay.endpoint(NETWORK, MEMBER, ENDPOINT, HOST) == (VETH, LEARNT)
+    """An endpoint is what its port lets out, a pair, and its MAC there for good."""
+    assert overlay.endpoint(NETWORK, MEMBER, ENDPOINT, HOST) == (*OWN, VETH, LEARNT)
 
 
 def test_endpoint_without_icc():
     """Without traffic between containers each port is isolated."""
     found = overlay.endpoint(replace(NETWORK, icc=False), MEMBER, ENDPOINT, HOST)
-    assert found == (replace(VETH, isolated=True), LEARNT)
+    assert found == (*OWN, replace(VETH, isolated=True), LEARNT)
 
 
 def test_endpoint_that_publishes():
     """Where pynet is the gateway it holds and translates ports; a bridge reflects none."""
     found = overlay.endpoint(OPEN, MEMBER, replace(ENDPOINT, published=(PORT,)), HOST)
     assert found == (
+        *OWN,
         VETH,
         LEARNT,
         Hold(
@@ -478,7 +485,7 @@ def test_closed_endpoint(change):
     """Where the host routes nothing no port is held or translated."""
     publishing = replace(ENDPOINT, published=(PORT,))
     found = overlay.endpoint(replace(OPEN, **change), MEMBER, publishing, HOST)
-    assert found == (VETH, LEARNT)
+    assert found == (*OWN, VETH, LEARNT)
 
 
 # Other hosts.
@@ -547,6 +554,7 @@ networks = st.builds(
     vni=st.sampled_from([0, 10_000_001]),
     flood=st.booleans(),
     host_access=st.booleans(),
+    spoof=st.booleans(),
     mtu=st.sampled_from([68, 1280, 1450]),
 )
 members = st.builds(replace, st.just(MEMBER), ipv4=FACES, ipv6=FACES6)
@@ -576,11 +584,17 @@ def test_whole(network, member, host, vtep):
 
 @given(networks, members, hosts)
 def test_host_is_untouched(network, member, host):
-    """The host's namespace has a part only by its gateway or its own address."""
+    """But for the guard the host has a part only by its gateway or its own address."""
     part = not firewall.closed(network) or (
         network.host_access
         and any(network.has(address.version) for address in member.addresses)
     )
     plan = overlay.network(network, member, host)
-    inside = [op for op in plan if op.where == "host" and not isinstance(op, Namespace)]
+    guard = overlay.guard(network, host)
+    inside = [
+        op
+        for op in plan
+        if op.where == "host" and not isinstance(op, Namespace) and op not in guard
+    ]
+    inside = [op for op in inside if op != firewall.table()]
     assert bool(inside) is part

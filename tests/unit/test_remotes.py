@@ -11,8 +11,8 @@ from cnmdriver.driver import remotes as module
 from cnmdriver.driver.site import Site
 from cnmdriver.errors import KernelError, StoreError
 from cnmdriver.model import Alive, Endpoint, Host, Member, Network, Watermark
-from cnmdriver.plan import devices
-from cnmdriver.plan.ops import FLOOD, Fdb, Neighbour
+from cnmdriver.plan import devices, firewall
+from cnmdriver.plan.ops import FLOOD, Element, Fdb, Neighbour, Vxlan
 from cnmdriver.store import records
 from cnmdriver.store.sqlite import SqliteStore
 from tests.fakes import FakeKernel, Shared, announce, cluster, ended, level, on_store
@@ -134,6 +134,17 @@ class Here:
                 found.add(Neighbour(**bridge, address=face.ip, mac=one.mac))
         return found
 
+    def remembered(self):
+        """Return all that is remembered, but of which hosts there are."""
+        remotes = self.remotes
+        own = [key for key in remotes.plans if not key.startswith("hosts/")]
+        return own + [k for k in (*remotes.holders, *remotes.held) if "vteps4" not in k]
+
+    def vteps(self):
+        """Return the hosts whose tunnels the kernel lets in."""
+        found = (op for op in self.kernel.ops.values() if isinstance(op, Element))
+        return {op.item[0] for op in found if op.set.startswith("vteps")}
+
     def keys(self, verb):
         """Return the keys of what was asked of the kernel since the last time."""
         found = {op.key for said, op in self.kernel.asked if said == verb}
@@ -227,7 +238,7 @@ async def test_nothing_without_an_endpoint_here(here):
     before, steps = here.kernel.asked.copy(), here.rig.steps.copy()
     await here.learn(here.member(), here.endpoint(2), here.endpoint(3, FURTHER))
     await here.learn(here.gone(3, FURTHER), here.endpoint(2, sandbox=""))
-    assert (here.entries(), here.remotes.plans) == (set(), {})
+    assert (here.entries(), here.remembered()) == (set(), [])
     assert (here.kernel.asked, here.rig.steps) == (before, steps)
     assert not here.remotes.ahead.is_set()
 
@@ -242,11 +253,7 @@ async def test_the_first_and_the_last_endpoint_here(here):
     await here.docker.stop("one")
     assert here.entries() == here.of(*far)
     await here.docker.stop("two")
-    assert here.entries() == set()
-    remotes = here.remotes
-    assert (remotes.plans, remotes.holders, remotes.held, remotes.local) == (
-        {}, {}, {}, {},
-    )  # fmt: skip
+    assert (here.entries(), here.remembered(), here.remotes.local) == (set(), [], {})
 
 
 async def test_entries_are_there_before_the_container(here):
@@ -257,10 +264,8 @@ async def test_entries_are_there_before_the_container(here):
     await here.rig.networks.join(NET, "box", "/s")
     kinds = [type(op).__name__ for verb, op in here.kernel.asked if verb == "apply"]
     first = kinds.index("Fdb")
-    assert kinds[first:] == ["Fdb", "Fdb", "Neighbour", "Neighbour"] * 2 + [
-        "Veth",
-        "Fdb",
-    ]
+    port = ["Element"] * 7 + ["Veth", "Fdb"]
+    assert kinds[first:] == ["Fdb", "Fdb", "Neighbour", "Neighbour"] * 2 + port
 
 
 async def test_a_second_endpoint_here_costs_nothing(carrying):
@@ -324,11 +329,98 @@ async def test_a_network_left_with_a_container_on_it(carrying):
     """`network rm` by force takes containers and entries with it."""
     await carrying.learn(carrying.endpoint(2))
     await carrying.rig.networks.delete(NET)
-    assert carrying.remotes.held == {}
+    assert carrying.remembered() == []
     assert not [op for op in carrying.kernel.left if isinstance(op, Fdb | Neighbour)]
 
 
 # Hosts themselves.
+
+
+async def test_the_ends_of_others_tunnels(carrying):
+    """Tunnels of all hosts there are, alive or not, are let in, until a host is gone."""
+    both = {VTEPS[FAR], VTEPS[FURTHER]}
+    assert carrying.vteps() == both
+    await carrying.learn(dead(FAR))
+    assert carrying.vteps() == both
+    await carrying.learn((records.host(FAR), None))
+    assert carrying.vteps() == {VTEPS[FURTHER]}
+    await carrying.learn(*alive(FAR))
+    assert carrying.vteps() == both
+
+
+async def test_an_end_that_two_hosts_have(carrying):
+    """The end of a machine that came back as another host stays without the first."""
+    (key, host), _ = alive(FAR)
+    other = replace(host, id="far2" * 4)
+    await carrying.learn((records.host(other.id), other))
+    await carrying.learn((key, None))
+    assert carrying.vteps() == {VTEPS[FAR], VTEPS[FURTHER]}
+    await carrying.learn((records.host(other.id), None))
+    assert carrying.vteps() == {VTEPS[FURTHER]}
+    await carrying.learn((key, host), (records.host(other.id), other))
+    await carrying.learn((records.host(other.id), None))
+    assert carrying.vteps() == {VTEPS[FAR], VTEPS[FURTHER]}
+
+
+async def test_no_tunnels_no_ends(directory):
+    """A host lets tunnels in from its first overlay on, and after its last no more."""
+    async with one_host(directory) as made:
+        here = Here(made, Docker(made))
+        await here.learn(*alive(FAR))
+        assert here.vteps() == set()
+        await here.docker.create(NET, POOL)
+        assert here.vteps() == {VTEPS[FAR]}
+        await here.learn(*alive(FURTHER))
+        assert here.vteps() == {VTEPS[FAR], VTEPS[FURTHER]}
+        await here.docker.remove(NET)
+        assert (here.vteps(), here.remotes.held) == (set(), {})
+
+
+async def test_a_bridge_lets_no_tunnel_in(directory):
+    """A network of one host needs to know of no other."""
+    async with one_host(directory) as made:
+        here = Here(made, Docker(made))
+        await here.docker.create(NET, POOL, options={"pynet.mode": "bridge"})
+        await here.learn(*alive(FAR))
+        assert (here.vteps(), here.remotes.plans) == (set(), {})
+
+
+async def test_hosts_before_the_table(here):
+    """News of a host may come before the network's own plan, which makes the table."""
+    here.kernel.ops.clear()
+    (key, host), _ = alive(FAR)
+    await here.learn((key, replace(host, vtep=ip_address("192.0.2.77"))))
+    assert (here.vteps(), here.alarms) == ({"192.0.2.77"}, [])
+
+
+async def test_an_end_that_was_refused(carrying):
+    """An end the kernel refused is an alarm, and is let in when it is tried again."""
+    (key, host), _ = alive(FAR)
+    way = firewall.vtep(ip_address("192.0.2.77"))
+    carrying.kernel.refuse = {way.key}
+    await carrying.learn((key, replace(host, vtep=ip_address("192.0.2.77"))))
+    assert (carrying.vteps(), carrying.alarms) == ({VTEPS[FURTHER]}, [1])
+    carrying.kernel.refuse.clear()
+    await carrying.remotes.update(again=True)
+    assert carrying.vteps() == {"192.0.2.77", VTEPS[FURTHER]}
+
+
+async def test_ends_are_part_of_what_should_be(carrying):
+    """Audits know the ends, once, and a network's plan has them before its device."""
+    site = carrying.rig.site
+    known = [firewall.vtep(ip_address(VTEPS[host])) for host in (FAR, FURTHER)]
+    (member,) = site.members()
+    plan = site.network_plan(member)
+    places = [plan.index(op) for op in (firewall.table(), *known)]
+    assert places == list(range(places[0], places[0] + 3))
+    (tunnel,) = [n for n, op in enumerate(plan) if isinstance(op, Vxlan)]
+    assert places[-1] < tunnel
+    desired = site.desired()
+    assert [desired.count(op) for op in known] == [1, 1]
+    assert site.unwanted(plan) == ()
+    own = replace(site.host, vtep=None)
+    site.host = own
+    assert site.vtep_plan() == ()
 
 
 async def test_a_host_with_an_address_of_its_own(carrying):
@@ -410,8 +502,13 @@ async def test_tunnels_that_move(carrying):
     await carrying.learn((key, replace(host, vtep=ip_address("192.0.2.77"))))
     (entry,) = [op for op in carrying.entries() if getattr(op, "dst", None)]
     assert str(entry.dst) == "192.0.2.77"
-    assert carrying.keys("apply") == {entry.key}
-    assert carrying.keys("clear") == set()
+    ways = {
+        address: ("element", "host", "inet", "pynet", "vteps4", address)
+        for address in ("192.0.2.77", VTEPS[FAR])
+    }
+    table = firewall.table().key
+    assert carrying.keys("apply") == {entry.key, table, ways["192.0.2.77"]}
+    assert carrying.keys("clear") == {ways[VTEPS[FAR]]}
 
 
 async def test_tunnels_of_another_family(carrying):
@@ -556,7 +653,7 @@ async def test_an_endpoint_whose_others_are_refused(here):
     with pytest.raises(KernelError, match="refused by the test"):
         await here.docker.start("box", NET)
     assert here.rig.site.endpoints(here.network) == []
-    assert (here.entries(), here.remotes.plans) == (set(), {})
+    assert (here.entries(), here.remembered()) == (set(), [])
     here.kernel.refuse.clear()
     await here.docker.start("box", NET)
     assert here.entries() == here.of(here.endpoint(2))
