@@ -30,6 +30,7 @@ from cnmdriver.admin.app import application as admin_application
 from cnmdriver.api import app as api
 from cnmdriver.dataplane.kernel import Kernel
 from cnmdriver.dockerapi import DockerApi
+from cnmdriver.driver.authority import Authority
 from cnmdriver.driver.hosts import Hosts
 from cnmdriver.driver.ipam import IpamDriver
 from cnmdriver.driver.network import NetworkDriver
@@ -147,6 +148,7 @@ class Daemon:
             site, networks, ipam, docker, grace=settings.grace, audit=settings.audit
         )
         self.blocks = ipam.blocks
+        self.authority: Authority | None = None
         self.remotes.alarm = self.sync.wake
         self.driver = Path(settings.socket).stem
         self.plugin = api.runner(
@@ -174,6 +176,9 @@ class Daemon:
             "docker": "connected" if self.sync.inventory is not None else docker,
             "hidden": self.session is not None and self.session.hidden,
             "orphans": list(self.sync.orphans),
+            "conflicts": list(self.authority.conflicts.values())
+            if self.authority
+            else [],
             "problems": list(self.sync.problems),
         }
 
@@ -222,7 +227,10 @@ class Daemon:
     async def serve_cluster(self, hosts: Hosts) -> None:
         """Do what only a host among others does, once it is one."""
         await self.joined.wait()
-        await hosts.run()
+        self.authority = Authority(self.site, hosts.publish)
+        async with asyncio.TaskGroup() as group:
+            for loop in (hosts, self.blocks, self.authority):
+                group.create_task(loop.run())
 
     async def until(self, stop: asyncio.Event) -> None:
         """Run the loops until the event; if one fails, all end and the daemon too."""
@@ -233,7 +241,7 @@ class Daemon:
                 self.remotes.run(),
             ]
             if self.hosts is not None:
-                works += [self.serve_cluster(self.hosts), self.blocks.run()]
+                works.append(self.serve_cluster(self.hosts))
             loops = [group.create_task(work) for work in works]
             await stop.wait()
             for task in loops:
@@ -268,7 +276,7 @@ async def build(settings: Settings, stack: AsyncExitStack) -> Daemon:
     async def towards() -> tuple[IPAddress, ...]:
         return await resolved(members)
 
-    hosts = Hosts(site, settings.vtep, towards)
+    hosts = Hosts(site, settings.vtep, towards, dead_after=settings.dead_after)
     return await in_cluster(settings, session, hosts)
 
 

@@ -235,14 +235,14 @@ def lacking(view: Draft | View, host: str, pool: Pool, sub: IPNetwork | None) ->
 
 def own(view: Draft | View, host: str, pool: Pool) -> list[tuple[IPNetwork, Block]]:
     """Return a host's blocks of a pool, lowest first."""
-    return [(s, b) for s, b in claims.blocks(view, pool) if b.host == host]
+    return [(s, b) for s, b in claims.blocks_of(view, pool) if b.host == host]
 
 
 def free(
     draft: Draft, host: str, pool: Pool, sub: IPNetwork | None
 ) -> Iterator[IPNetwork]:
     """Yield blocks that nobody has, nor another host any address of, lowest first."""
-    taken = {span for span, _ in claims.blocks(draft, pool)}
+    taken = {span for span, _ in claims.blocks_of(draft, pool)}
     for held in claims.reservation(draft, pool):
         if held.host != host and not held.gateway:
             taken.add(pools.block(pool.cidr, held.ip))

@@ -140,12 +140,16 @@ def drop(draft: Draft, pool: Pool) -> None:
             draft.delete(key)
 
 
-def vacate(draft: Draft, host: str, pool: Pool) -> None:
-    """Give back what a host still has of a pool, but for the pool's own addresses."""
+def vacate(draft: Draft, host: str, pool: Pool, *, blocks: bool = True) -> None:
+    """
+    Give back what a host still has of a pool, but for the pool's own addresses.
+
+    Without `blocks` its blocks stay its own.
+    """
     for held in reservation(draft, pool):
         if held.host == host and not held.gateway and not is_fixed(draft, pool, held):
             draft.delete(records.address(pool.space, pool.cidr, held.ip))
-    for span, block in blocks(draft, pool):
+    for span, block in blocks_of(draft, pool) if blocks else ():
         if block.host == host:
             draft.delete(records.block(pool.space, pool.cidr, span))
 
@@ -285,7 +289,7 @@ class Closed:
 
 def closed(draft: Draft, pool: Pool, host: str) -> Closed:
     """Find the blocks of other hosts."""
-    theirs = {span: b for span, b in blocks(draft, pool) if b.host != host}
+    theirs = {span: b for span, b in blocks_of(draft, pool) if b.host != host}
     length = pools.block_length(pool.cidr)
     bits = pool.cidr.max_prefixlen - length
     return Closed(
@@ -295,7 +299,7 @@ def closed(draft: Draft, pool: Pool, host: str) -> Closed:
     )
 
 
-def blocks(view: Draft | View, pool: Pool) -> list[tuple[IPNetwork, Block]]:
+def blocks_of(view: Draft | View, pool: Pool) -> list[tuple[IPNetwork, Block]]:
     """Return the blocks of a pool that have owners, lowest first."""
     prefix = records.blocks(pool.space, pool.cidr)
     found = [
@@ -310,7 +314,7 @@ def in_own_blocks(
     draft: Draft, pool: Pool, sub: IPNetwork | None, host: str, numbers: set[int]
 ) -> Iterator[IPAddress]:
     """Yield what is free of the blocks that a host surely has, lowest first."""
-    for span, block in blocks(draft, pool):
+    for span, block in blocks_of(draft, pool):
         if block.host == host and certain(draft.view, pool, span):
             for ip in pools.candidates(pool.cidr, span, numbers):
                 if ip not in block.lent and (sub is None or ip in sub):

@@ -3,23 +3,39 @@ Hosts: who this host is to the others, and whether it can be.
 
 Two hosts of one name, two with one tunnel address, and tunnels of two kinds in one
 cluster cannot work; the second is refused, with the remedy. What a dead host has
-published stands in nobody's way.
+published stands in nobody's way: it is deleted when the host has been away for long, or
+when a person says that it is gone.
 """
 
 import asyncio
+import math
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import structlog
 
+from cnmdriver.driver import claims
 from cnmdriver.driver.site import Site
-from cnmdriver.errors import Conflict, DriverError
-from cnmdriver.model import Alive, Host, IPAddress, Underlay, Watermark
+from cnmdriver.errors import Conflict, DriverError, NotFound
+from cnmdriver.model import (
+    Alive,
+    Block,
+    Endpoint,
+    Host,
+    IPAddress,
+    Kept,
+    Member,
+    Pool,
+    Underlay,
+    Watermark,
+)
 from cnmdriver.store import records
 from cnmdriver.store.view import Draft, View
 
 EVERY = 2.0
-"""Seconds between two looks at the host's own address."""
+"""Seconds between two looks at the host's own address, and at who is away."""
 
 log = structlog.get_logger()
 
@@ -37,12 +53,21 @@ class Hosts:
         site: Site,
         wish: str = "",
         towards: Callable[[], Awaitable[tuple[IPAddress, ...]]] = nowhere,
+        *,
+        dead_after: float = 86400.0,
     ) -> None:
-        """Take what the user said of the tunnels, and what finds the store's place."""
+        """
+        Take what the user said of the tunnels, and what finds the store's place.
+
+        A host that has been away for `dead_after` seconds is dead.
+        """
+        self.dead_after = dead_after
         self.site = site
         self.wish = wish
         self.towards = towards
         self.targets: tuple[IPAddress, ...] = ()
+        self.away: dict[str, float] = {}
+        """Since when other hosts have been away, as seen from here."""
         self.moved: Callable[[], None] = lambda: None
         """Called when the tunnels have another address: devices must be made anew."""
 
@@ -105,6 +130,7 @@ class Hosts:
             await asyncio.sleep(EVERY)
             try:
                 await self.follow()
+                await self.bury_dead()
                 said = ""
             except DriverError as error:
                 if str(error) != said:
@@ -118,6 +144,95 @@ class Hosts:
             log.info("host.moved", address=str(found.address))
             await self.publish()
             self.moved()
+
+    # Hosts that are gone.
+
+    async def bury_dead(self) -> None:
+        """Delete what hosts have in the store that have been away for long."""
+        view, now = self.site.view, time.monotonic()
+        known = {host.id for host in view.all(Host, "hosts/")}
+        # Of one that was removed by hand the blocks may be left.
+        known |= {block.host for block in view.all(Block, "blocks/")}
+        known.discard(self.site.host.id)
+        away = [host for host in sorted(known) if not present(view, host)]
+        self.away = {host: self.away.get(host, now) for host in away}
+        for host in away if self.site.state.away is None else ():
+            if view.get(Kept, records.kept(host)) is None:
+                log.warning("host.dead", host=claims.host_name(view, host), id=host)
+                await self.site.state.commit(partial(bury, host=host, blocks=True))
+
+    async def remove(self, name: str, *, force: bool) -> str:
+        """
+        Delete what a host has in the store; return what became of its blocks.
+
+        Raises NotFound for an unknown name or id, and Conflict for this host and,
+        unless forced, for one that is alive or has stopped in good order. The blocks of
+        a host that may still give out addresses by itself stay closed.
+        """
+        await self.site.state.relist()
+        host = self.named(name)
+        sign = self.site.view.get(Alive, records.alive(host.id))
+        if sign is not None and not force:
+            how = "its daemon was stopped" if sign.resting else "it is alive"
+            raise Conflict(
+                f"host {host.name} may have containers that run: {how}; remove its "
+                "networks there, or give --force if the machine is gone"
+            )
+        away = time.monotonic() - self.away.get(host.id, math.inf)
+        kept = self.site.view.get(Kept, records.kept(host.id)) is not None
+        still = force or (kept and away < self.dead_after / 2)
+        await self.site.state.commit(partial(bury, host=host.id, blocks=not still))
+        log.warning("host.removed", host=host.name, id=host.id, blocks=not still)
+        return (
+            f"its blocks of addresses stay closed until it has been away for "
+            f"{self.dead_after:g} s, as it may still give them out"
+            if still
+            else "its blocks of addresses are free"
+        )
+
+    def named(self, name: str) -> Host:
+        """Find another host by name or id; raises NotFound, Conflict for this one."""
+        hosts = list(self.site.view.all(Host, "hosts/"))
+        found = [h for h in hosts if h.id == name] or [
+            h for h in hosts if name in (h.name, h.id[:8])
+        ]
+        if len(found) != 1:
+            raise NotFound(
+                f"{len(found) or 'no'} hosts are called {name[:80]!r}; name one by its "
+                "id, which pynet host ls shows"
+            )
+        if found[0].id == self.site.host.id:
+            raise Conflict(
+                f"host {name} is this one; remove its networks with docker network rm, "
+                "and stop pynet here"
+            )
+        return found[0]
+
+
+def present(view: View, host: str) -> bool:
+    """Tell whether a host is alive, or has stopped in good order."""
+    return view.get(Alive, records.alive(host)) is not None
+
+
+def bury(draft: Draft, host: str, *, blocks: bool) -> None:
+    """Delete all that a host has, with networks it was the last member of."""
+    draft.get(Alive, records.alive(host))
+    kept = records.kept(host)
+    if blocks and draft.get(Kept, kept) is not None:
+        draft.delete(kept)
+    for key in (records.host(host), records.alive(host), records.fence(host)):
+        draft.delete(key)
+    draft.delete(records.watermark(host))
+    for key, endpoint in list(draft.pairs("endpoints/")):
+        if isinstance(endpoint, Endpoint) and endpoint.host == host:
+            draft.delete(key)
+    pools = draft.all(Pool, "pools/")
+    for pool in pools:
+        claims.vacate(draft, host, pool, blocks=blocks)
+    for member in draft.all(Member, "members/"):
+        if member.host == host:
+            draft.delete(records.member(member.network, host))
+            claims.prune(draft, member.network)
 
 
 def placed(host: Host, found: Underlay) -> Host:

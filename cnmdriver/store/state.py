@@ -140,16 +140,20 @@ class State:
             self.session.recall(await self.local.fact(CONTACT))
 
     async def open(self) -> None:
-        """Read everything, and make the cluster's record if the store is empty."""
+        """Read everything, write what waits, and see that the cluster has an id."""
         await self.relist()
+        await self.replay()
+        await self.found()
+
+    async def found(self) -> None:
+        """Make the cluster's record if there is none: the store is empty."""
         identity = Cluster(id=secrets.token_hex(8), schema=records.SCHEMA)
 
-        def found(draft: Draft) -> None:
+        def decide(draft: Draft) -> None:
             if draft.get(Cluster, records.CLUSTER) is None:
                 draft.put(records.CLUSTER, identity)
 
-        await self.replay()
-        await self.commit(found)
+        await self.commit(decide)
 
     async def relist(self) -> bool:
         """Read everything anew. Tell whether there was news."""

@@ -23,7 +23,7 @@ from cnmdriver.store.base import Change, Item
 
 R = TypeVar("R")
 
-OF_THE_STORE = ("cluster", "alive/", "fence/", "kept/", "knocks/", records.WATERMARKS)
+OF_THE_STORE = ("cluster", "fence/", "kept/", "knocks/", records.WATERMARKS)
 """Records that end with the store's content: they are never published again."""
 
 
@@ -167,6 +167,14 @@ class View:
         self.missing.add(key)
         self.set(key, Known(self.get(object, key), 0))
 
+    def forget(self, key: str) -> None:
+        """Drop a record that the store lacks and nobody publishes again."""
+        self.missing.discard(key)
+        self.set(key, None)
+        self.turns += 1
+        for feed in self.feeds:
+            feed.add(key)
+
     def stays(self, key: str) -> bool:
         """Tell whether a record is not for others to end: this host stands on it."""
         if not self.owner:
@@ -223,8 +231,7 @@ class View:
 
         A store that was `rewound` (wiped, or restored from a copy) is believed in what
         it has, whatever we knew. What it lacks proves nothing: it stays, at revision 0,
-        and is named in `missing` until it is written again. Only the signs of life,
-        which it lost with their leases, are gone.
+        and is named in `missing` until it is written again.
         """
         listed = dict(items)
         if rewound:

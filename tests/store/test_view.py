@@ -508,12 +508,12 @@ def test_the_same_record_is_published_again():
     )
 
 
-def test_signs_of_life_end_with_their_store(view):
-    """Leases are lost with the store: who was alive there is not, until it says so."""
+def test_what_ends_with_the_store(view):
+    """Fences are lost with the store; who was alive there is so for the time being."""
     write(view, "alive/a", Alive(instance="i", boot="b"), 6)
     write(view, "fence/a", Fence(instance="i"), 6)
     write(view, "kept/a", Kept(), 6)
     write(view, "cluster", Cluster(id="c", schema=1), 6)
     view.replace([], 1, rewound=True)
-    assert sorted(view.groups) == ["hosts/"]
-    assert view.missing == {"hosts/a", "hosts/b"}
+    assert sorted(view.groups) == ["alive/", "hosts/"]
+    assert view.missing == {"alive/a", "hosts/a", "hosts/b"}
