@@ -27,6 +27,7 @@ import structlog
 
 from cnmdriver import failpoints
 from cnmdriver.admin.app import application as admin_application
+from cnmdriver.admin.app import no_host
 from cnmdriver.api import app as api
 from cnmdriver.dataplane.kernel import Kernel
 from cnmdriver.dockerapi import DockerApi
@@ -54,7 +55,7 @@ BUSY = 2
 """Exit code for settings that cannot work, and for a second daemon."""
 PATIENCE = 20.0
 """Seconds to wait at start for an embedded store that another process still has."""
-WELCOME = 1.2
+WELCOME = 0.7
 """Seconds in which a shared store should answer a daemon that starts."""
 RESOLVING = 0.5
 """Seconds for the names of the store's members."""
@@ -162,6 +163,7 @@ class Daemon:
                 info=self.info,
                 remove_endpoint=networks.remove,
                 release_address=ipam.release_address,
+                remove_host=hosts.remove if hosts is not None else no_host,
             )
         )
 

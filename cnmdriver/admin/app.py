@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from ipaddress import ip_address
+from typing import Protocol
 
 from aiohttp import web
 
@@ -44,6 +45,21 @@ RemoveEndpoint = Callable[[Endpoint], Awaitable[None]]
 ReleaseAddress = Callable[[str, IPAddress], Awaitable[None]]
 
 
+class RemoveHost(Protocol):
+    """Gives up another host, and says what became of its blocks."""
+
+    async def __call__(self, name: str, *, force: bool) -> str:
+        """Raise NotFound or Conflict."""
+
+
+async def no_host(name: str, *, force: bool) -> str:
+    """Refuse: this host has a store of its own."""
+    del force
+    raise NotFound(
+        f"there is no host {name[:80]!r}: this one has a store of its own"
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Doors:
     """What the calls below work with."""
@@ -52,6 +68,7 @@ class Doors:
     info: Info
     remove_endpoint: RemoveEndpoint
     release_address: ReleaseAddress
+    remove_host: RemoveHost
 
 
 def application(
@@ -60,6 +77,7 @@ def application(
     info: Info,
     remove_endpoint: RemoveEndpoint,
     release_address: ReleaseAddress,
+    remove_host: RemoveHost = no_host,
     limit: float = LIMIT,
 ) -> web.Application:
     """
@@ -73,6 +91,7 @@ def application(
         info=info,
         remove_endpoint=remove_endpoint,
         release_address=release_address,
+        remove_host=remove_host,
     )
     app = web.Application(middlewares=[_answer_errors])
     for (verb, path), call in CALLS.items():
@@ -109,9 +128,17 @@ async def _remove_endpoint(doors: Doors, request: web.Request) -> object:
 async def _hosts(doors: Doors, _: web.Request) -> object:
     store = doors.site.state.store
     marks = View()
-    listing = await store.read(records.WATERMARKS)
-    marks.replace(listing.items.items(), listing.revision)
+    if doors.site.state.away is None:
+        listing = await store.read(records.WATERMARKS)
+        marks.replace(listing.items.items(), listing.revision)
     return report.hosts(doors.site, watermarks(marks))
+
+
+async def _remove_host(doors: Doors, request: web.Request) -> object:
+    name = request.match_info["host"]
+    force = request.query.get("force", "") == "true"
+    said = await doors.remove_host(name, force=force)
+    return {"removed": name, "blocks": said}
 
 
 async def _ports(doors: Doors, _: web.Request) -> object:
@@ -183,6 +210,7 @@ CALLS: Mapping[tuple[str, str], Call] = {
     ("GET", "endpoints"): _endpoints,
     ("DELETE", "endpoints/{endpoint}"): _remove_endpoint,
     ("GET", "hosts"): _hosts,
+    ("DELETE", "hosts/{host}"): _remove_host,
     ("GET", "ports"): _ports,
     ("GET", "pools"): _pools,
     ("DELETE", "addresses"): _release_address,

@@ -116,7 +116,7 @@ def endpoint_rm(client: Client, name: str, *, as_json: bool) -> None:
 
 @click.group()
 def host() -> None:
-    """Show the hosts of the cluster."""
+    """Show the hosts of the cluster, or give one up."""
 
 
 @host.command("ls")
@@ -136,6 +136,24 @@ def host_ls(client: Client, *, as_json: bool) -> None:
             for h in found
         ],
     )
+
+
+@host.command("rm")
+@click.argument("name")
+@click.option("--force", is_flag=True, help="although it is alive; it may come back")
+@asks
+def host_rm(client: Client, name: str, *, force: bool, as_json: bool) -> None:
+    """
+    Give up another host, by its name or id: what it has in the store is deleted.
+
+    This is for a machine that is gone for good. After a day (dead_after) it happens by
+    itself. The host comes back whole if it was not gone.
+    """
+    done = client.delete("hosts", name, **({"force": "true"} if force else {}))
+    if as_json:
+        show_json(done)
+    else:
+        click.echo(table.clean(f"removed {done['removed']}; {done['blocks']}"))
 
 
 def moment(seconds: float | None) -> str:

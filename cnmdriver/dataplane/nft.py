@@ -4,16 +4,16 @@ The nftables table: its text, and the elements of its sets and maps.
 libnftables runs inside this process, in the thread of the namespace it is for, at a
 fraction of what an `nft` process costs. One run is one transaction.
 
-Elements are made by `create`, which fails where one is there already. Only then is the
-table read, to adopt what is identical and to exchange what differs. Reading first would
-cost more with every port that is published.
+Elements are made by `create`, which fails where one is there already. Only then is it
+asked whether all are, and if not, the table read, to adopt what is identical and to
+exchange what differs. Reading first would cost more with every port that is published.
 """
 
 import asyncio
 import ctypes
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
 from typing import Any
@@ -31,6 +31,7 @@ NAME = "pynet"
 """What a table of ours is called, in whichever family."""
 MARK = re.compile(r"text_[0-9a-f]+")
 SETS = re.compile(r"^\s*(?:set|map)\s+(\w+)\s*{", re.MULTILINE)
+PRINTED = re.compile(r"elements = { (.*) }$", re.MULTILINE)
 WORD = re.compile(r"""[\w.:/-]+|"[^\s"{};\\]{1,15}\"""")
 """What a field of an element may be: names of devices come from users."""
 
@@ -136,6 +137,8 @@ class Firewall:
             try:
                 await self._commit(change.creating(elements.values()), undo)
             except Refused:
+                if not change.first and await self._has_all(elements.values()):
+                    return
                 await self._read_for(elements.values())
                 if not self._have:
                     raise
@@ -235,6 +238,15 @@ class Firewall:
         self._new += change.new
         self._gone += change.gone
 
+    async def _has_all(self, elements: Collection[Element]) -> bool:
+        """Tell whether just these elements are there, for less than a listing costs."""
+        lines = "\n".join(map(_get, elements))
+        try:
+            printed = await self._nft.run("reading the firewall", lines)
+        except Refused:
+            return False
+        return PRINTED.findall(printed) == [op.text for op in elements]
+
     async def _read_for(self, ops: Iterable[Element | Table]) -> None:
         """Read what tables have that elements are for, unless that was done."""
         places = {
@@ -314,6 +326,11 @@ def _add(op: Element, verb: str = "add") -> str:
 def _delete(op: Element) -> str:
     item = " . ".join(op.item)
     return f"delete element {op.family} {op.table} {op.set} {{ {item} }}"
+
+
+def _get(op: Element) -> str:
+    item = " . ".join(op.item)
+    return f"get element {op.family} {op.table} {op.set} {{ {item} }}"
 
 
 def _marked(table: Table, mark: str) -> Table:

@@ -33,7 +33,7 @@ from cnmdriver.store.view import Draft, View
 
 MOST = 256
 """Free addresses a host has in advance, if the pool is large."""
-SHARE = 8
+SHARE = 16
 """Of a small pool the members together have one part in so many in advance."""
 ANSWER = 2.5
 """Seconds for another host to lend an address."""

@@ -9,6 +9,7 @@ news came. A host that has nothing on a network carries none of its entries.
 """
 
 import asyncio
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -16,7 +17,7 @@ import structlog
 
 from cnmdriver.driver.site import Site
 from cnmdriver.errors import DriverError, KernelError
-from cnmdriver.model import Endpoint, IPAddress, Member, Watermark
+from cnmdriver.model import Alive, Endpoint, IPAddress, Member, Watermark
 from cnmdriver.plan import firewall
 from cnmdriver.plan.ops import Key, Op, Plan
 from cnmdriver.store import records
@@ -26,6 +27,8 @@ PACE = 1.0
 """Seconds between two watermarks at the least."""
 AGAIN = 10.0
 """Seconds until what the kernel refused is tried again."""
+GRACE = 1.0
+"""Seconds that a host whose lease has run out is not hidden yet."""
 BREATH = 100
 """After so many records others get their turn."""
 
@@ -196,11 +199,27 @@ class Remotes:
 
     def locate(self, host: str, touched: Touched) -> None:
         """Keep track of where another host's tunnels end."""
+        self.linger(host)
         vtep = self.site.vtep(host)
         if vtep != self.vteps.pop(host, None):
             touched.hosts.add(host)
         if vtep is not None:
             self.vteps[host] = vtep
+
+    def linger(self, host: str) -> None:
+        """Hide a host whose lease has run out only after a while: it may be back."""
+        lingering = self.site.lingering
+        if self.site.view.get(Alive, records.alive(host)) is not None:
+            lingering.pop(host, None)
+        elif host in self.vteps and host not in lingering:
+            lingering[host] = time.monotonic() + GRACE
+            loop = asyncio.get_running_loop()
+            loop.call_later(GRACE, self.look_again, host)
+
+    def look_again(self, host: str) -> None:
+        """Look whether a host is to be hidden now."""
+        self.feed.add(records.alive(host))
+        self.wake()
 
     def concerned(self, touched: Touched) -> Iterator[str]:
         """Yield the records of the networks and hosts that something is about."""

@@ -5,6 +5,7 @@ What should be is computed from the view each time; nothing here is remembered t
 view does not have, but for what Docker alone knows (its own bridges).
 """
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -13,6 +14,7 @@ import structlog
 
 from cnmdriver.errors import KernelError, NotFound
 from cnmdriver.model import (
+    Alive,
     Endpoint,
     Host,
     IPAddress,
@@ -89,6 +91,8 @@ class Site:
     )
     names: dict[str, str] = field(default_factory=dict)
     """What Docker calls a network or endpoint, by its id, as far as it told."""
+    lingering: dict[str, float] = field(default_factory=dict)
+    """Until when hosts whose lease has run out are not hidden yet."""
 
     @property
     def view(self) -> View:
@@ -215,11 +219,16 @@ class Site:
         return tuple(map(firewall.vtep, self.ends(host)))
 
     def vtep(self, host: str) -> IPAddress | None:
-        """Return the tunnel address of another host that is alive."""
-        if host == self.host.id or not self.view.seen(records.alive(host)):
+        """Return the tunnel address of another host that is alive, or was just now."""
+        if host == self.host.id or not self.sees(host):
             return None
         found = self.view.get(Host, records.host(host))
         return found.vtep if found is not None else None
+
+    def sees(self, host: str) -> bool:
+        """Tell whether another host is not to be hidden."""
+        alive = self.view.get(Alive, records.alive(host)) is not None
+        return alive or time.monotonic() < self.lingering.get(host, 0.0)
 
     def carries(self, network: str) -> bool:
         """Tell whether this host needs to know of the others' endpoints."""

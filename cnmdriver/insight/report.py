@@ -116,7 +116,7 @@ def hosts(site: Site, marks: Mapping[str, int]) -> list[Json]:
     shared = reached_by_others(site)
     found = []
     for host in view.all(Host, "hosts/"):
-        alive = view.get(Alive, records.alive(host.id))
+        alive = view.get(Alive, records.alive(host.id)) is not None
         mark = marks.get(host.id, 0)
         found.append(
             {
@@ -145,7 +145,7 @@ def reached_by_others(site: Site) -> dict[str, list[tuple[str, int]]]:
     alive = {
         host.id
         for host in view.all(Host, "hosts/")
-        if host.vtep is not None and view.seen(records.alive(host.id))
+        if host.vtep is not None and view.get(Alive, records.alive(host.id)) is not None
     }
     return {
         network.id: [

@@ -13,11 +13,11 @@ What an endpoint has that no record tells:
 - the link-local address that the kernel derives from the MAC (RFC 4291), and what asks
   whether an address is free, from `::` and 0.0.0.0 (RFC 4862, RFC 5227);
 - link-local addresses of the user's choice (`--link-local-ip`), which Docker does not
-  tell its drivers. They pass only among themselves: 169.254.0.0/16 has no meaning to a
-  container without one, and no address derived from a MAC, nor the gateway's, is among
-  those of IPv6. Nobody can tell whose a chosen one is; the address of cloud machines'
-  metadata, which is believed unasked, is nobody's. Where the pool itself is link-local
-  (`assigned`), addresses are known and chosen ones do not pass.
+  tell its drivers. Those of IPv4 pass among themselves, where they mean something to
+  those who have one; those of IPv6 unless they look derived from a MAC or are the
+  gateway's. So only containers with chosen ones can be taken for each other. The
+  address of cloud machines' metadata, which is believed unasked, is nobody's. Where the
+  pool itself is link-local (`assigned`), no chosen ones pass: addresses are known.
 
 Raw expressions (`@th,64,128`) are the target of neighbour discovery, and `@…,152,16`
 the two octets that mark an address as derived, as offset and length in bits.
@@ -102,8 +102,7 @@ table bridge pynet {
 	chain chosen6 {
 		@nh,152,16 0xfffe counter name "spoofed_ipv6" drop
 		ip6 saddr fe80::1 counter name "spoofed_ipv6" drop
-		ip6 daddr { fe80::/64, ff02::/16 } accept
-		counter name "spoofed_ipv6" drop
+		accept
 	}
 """
 

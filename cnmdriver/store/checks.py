@@ -67,8 +67,14 @@ def check(key: str, record: object) -> None:
         demand(RULES[name](parts, record) if name in RULES else True, "the key")
     except Wrong as wrong:
         raise StoreError(
-            f"value of {key[:SHOWN]!r} in the store: {wrong} cannot be used"
+            f"value of {shown(key)} in the store: {wrong} cannot be used"
         ) from None
+
+
+def shown(key: str) -> str:
+    """Return a key as it can be printed: short, and quoted if it is an odd one."""
+    plain = key.isascii() and key.isprintable() and " " not in key
+    return key[:SHOWN] if plain else ascii(key[:SHOWN])
 
 
 def demand(holds: bool, what: str) -> None:
@@ -80,7 +86,7 @@ def demand(holds: bool, what: str) -> None:
 def match(pattern: re.Pattern[str], text: str, field: str) -> None:
     """Raise Wrong unless a text has a form from end to end."""
     if not pattern.fullmatch(text):
-        raise Wrong(f"{field} {text[:SHOWN]!r}")
+        raise Wrong(f"{field} {text[:SHOWN]!a}")
 
 
 def within(numbers: range, number: int, field: str) -> None:
@@ -166,7 +172,7 @@ def network(parts: Parts, record: object) -> bool:
     for field in ("mode", "gateway"):
         match(ID, getattr(record, field), field)
     within(MTUS, record.mtu, "mtu")
-    within(VNIS if record.mode == "overlay" else range(1 << 24), record.vni, "vni")
+    within(range(VNIS.stop), record.vni, "vni")
     demand(len(record.subnets) <= 64, "number of subnets")
     for one in record.subnets:
         subnet(one)

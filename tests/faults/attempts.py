@@ -38,6 +38,12 @@ def write_etc() -> None:
     Path("/etc/attempt").unlink()
 
 
+def write_run() -> None:
+    """Write where other services have their sockets."""
+    Path("/run/attempt").write_text("")
+    Path("/run/attempt").unlink()
+
+
 def write_setting() -> None:
     """Write a setting of the kernel that is none of the network's."""
     path = Path("/proc/sys/kernel/core_pattern")

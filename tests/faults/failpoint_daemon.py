@@ -5,9 +5,9 @@ Run as a program, with a JSON object of settings and a file for the log: it impo
 pynet once, and each daemon is a process forked from it. It takes a command a line and
 answers each with one line:
 
-    start FAILPOINTS    its process id
-    kill                its exit code, after a SIGKILL; minus the signal
-    wait SECONDS        its exit code, "alive" if it has none by then
+    start GRACE FAILPOINTS    its process id
+    kill                      its exit code, after a SIGKILL; minus the signal
+    wait SECONDS              its exit code, "alive" if it has none by then
 """
 
 import gc
@@ -30,7 +30,8 @@ def main(given: dict[str, str], log: str) -> None:
     for line in sys.stdin:
         verb, _, word = line.rstrip("\n").partition(" ")
         if verb == "start":
-            child = forked(given, log, word)
+            grace, _, armed = word.partition(" ")
+            child = forked({**given, "grace": grace}, log, armed)
             print(child, flush=True)
             continue
         if verb == "kill":

@@ -23,7 +23,7 @@ from http.server import BaseHTTPRequestHandler
 from ipaddress import ip_interface, ip_network
 from typing import Any, Self
 
-from cnmdriver.cli.client import Client, ClientError, UnixConnection
+from cnmdriver.cli.client import Client, UnixConnection
 from cnmdriver.errors import DriverError
 from cnmdriver.lab.host import PLUGIN_SOCKET, Host
 from cnmdriver.lab.machine import wait_until
@@ -34,8 +34,14 @@ from tests.unit.calls import Docker
 ADMIN = "/run/pynet/admin.sock"
 DOCKER = "/run/played-docker.sock"
 LOG = "/run/pynet.log"
-GRACE = 1.0
-"""Seconds before what Docker has lost is given back; the rest is done at once."""
+GRACE = 2.0
+"""Seconds before what Docker has lost is given back."""
+MOMENT = 0.05
+"""The same where no call can be under way, for which that is meant."""
+SOON = 1.0
+"""Seconds in which a change that was put off should have been written."""
+NAMES = {"name", "owner", "endpoint", "network"}
+"""What the daemon shows by another name until it has Docker's lists."""
 PATIENCE = 15.0
 """Seconds for that, on a machine that has much else to do."""
 KEPT = ("hosts/", "alive/", "fence/", "kept/", "watermarks/", "cluster")
@@ -77,9 +83,9 @@ class Daemon:
         assert answer, f"the starter of daemons ended: {pipe.stdout.read()}"
         return answer
 
-    def start(self, armed: str = "") -> None:
+    def start(self, armed: str = "", grace: float = GRACE) -> None:
         """Start it, with failpoints; return when it serves."""
-        self.ask(f"start {armed}")
+        self.ask(f"start {grace} {armed}")
         assert wait_until(self.serves, 20.0), self.log()[-3000:]
 
     def serves(self) -> bool:
@@ -90,7 +96,8 @@ class Daemon:
             plugin.connect()
         except OSError:
             plugin.close()
-            assert self.ask("wait 0.001") == "alive", self.log()[-3000:]
+            state = self.ask("wait 0.001")
+            assert state == "alive", f"{state}: {self.log()[-3000:]}"
             return False
         self.plugin = plugin
         return True
@@ -112,11 +119,11 @@ class Daemon:
         with suppress(BrokenPipeError):
             self.starter.communicate("kill\n", timeout=10)
 
-    def restart(self, armed: str = "") -> None:
+    def restart(self, armed: str = "", grace: float = GRACE) -> None:
         """Kill it and start it, with failpoints."""
         self.kill()
         self.news()
-        self.start(armed)
+        self.start(armed, grace)
 
     def post(self, method: str, body: bytes) -> tuple[int, dict[str, Any]]:
         """Make a call as Docker does, on a connection that is kept."""
@@ -155,6 +162,9 @@ class Lists(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
         self.docker = docker
         self.hearers: list[queue.SimpleQueue[str]] = []
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+
+    def handle_error(self, *_: object) -> None:
+        """Let daemons go that die while they ask."""
 
     def close(self) -> None:
         """Stop serving."""
@@ -243,8 +253,7 @@ class World:
         lists = Lists(str(host.socket(DOCKER)), self.docker)
         self.lists = lists
         self.stack.callback(lists.close)
-        times = {"docker": f"unix://{DOCKER}", "grace": str(GRACE)}
-        self.daemon = Daemon(host, **times, **given)
+        self.daemon = Daemon(host, docker=f"unix://{DOCKER}", **given)
         self.deaths: list[str] = []
         """The calls under which it died."""
         self.refusals: list[str] = []
@@ -330,32 +339,44 @@ class World:
 
     # What there is.
 
-    def view(self) -> dict[str, Any]:
-        """Return what the daemon says it has, in the kernel too."""
-        admin = Client(str(self.host.socket(ADMIN)))
-        names = ("networks", "endpoints", "ports", "pools")
-        return {
-            "census": admin.get("census")["owned"],
-            "difference": admin.get("diff")["lines"],
-            "attention": admin.get("status")["attention"],
-            **{name: admin.get(name) for name in names},
-        }
-
-    def is_as(self, wanted: dict[str, Any]) -> None:
-        """Let audits come until all is as it was; that takes the grace time at most."""
-        latest = time.monotonic() + PATIENCE
-        while (found := self.look()) != wanted:
-            assert time.monotonic() < latest, differing(wanted, found)
-            # The next audit would come by itself.
-            self.daemon.post("Plugin.Activate", b"")
-            time.sleep(0.1)
+    @property
+    def admin(self) -> Client:
+        """Return a client of the daemon's other socket."""
+        return Client(str(self.host.socket(ADMIN)))
 
     def look(self) -> dict[str, Any]:
-        """Return the view and the store's keys; nothing of a daemon that is busy."""
-        try:
-            return {**self.view(), "keys": self.keys(), "outbox": self.outbox()}
-        except ClientError as error:
-            return {"error": str(error)}
+        """Return what the kernel, the daemon and the store have."""
+        names = ("networks", "endpoints", "ports", "pools")
+        return {
+            "census": self.admin.get("census")["owned"],
+            **{name: nameless(self.admin.get(name)) for name in names},
+            "keys": self.keys(),
+        }
+
+    def settles(self, wanted: dict[str, Any], *, alone: bool) -> None:
+        """
+        Let all become as it was.
+
+        That takes the grace time, unless a daemon that is started anew is given less;
+        if it must come about `alone`, the daemon stays.
+        """
+        begin = time.monotonic()
+        if not alone and self.look() != wanted:
+            self.daemon.restart(grace=MOMENT)
+        while (found := self.look()) != wanted:
+            passed = time.monotonic() - begin
+            assert passed < PATIENCE, differing(wanted, found)
+            # The next audit would come by itself, and the next change as well.
+            self.daemon.post("Plugin.Activate", b"")
+            if passed > SOON:
+                self.change()
+            time.sleep(0.05)
+
+    def change(self) -> None:
+        """Let Docker change something in the store."""
+        ask = {"AddressSpace": "local", "Pool": "10.62.0.0/24"}
+        pool = self.call("IpamDriver.RequestPool", **ask)["PoolID"]
+        self.call("IpamDriver.ReleasePool", PoolID=pool)
 
     def keys(self) -> list[str]:
         """Return what the store has of networks, asking no code of pynet's."""
@@ -364,20 +385,12 @@ class World:
 
     def sqlite_keys(self) -> list[str]:
         """Return the keys of the embedded store."""
-        return [k for (k,) in self.ask_file("store", "SELECT key FROM records")]
-
-    def outbox(self) -> list[tuple[object, ...]]:
-        """Return what is not in the store yet."""
-        return self.ask_file("local", "SELECT change FROM outbox")
-
-    def ask_file(self, name: str, question: str) -> list[tuple[Any, ...]]:
-        """Ask one of the daemon's databases."""
-        path = self.host.directory / "pynet" / f"{name}.db"
-        database = sqlite3.connect(path, timeout=5)
+        database = sqlite3.connect(self.host.directory / "pynet/store.db", timeout=5)
         try:
-            return database.execute(question).fetchall()
+            found = database.execute("SELECT key FROM records ORDER BY key").fetchall()
         finally:
             database.close()
+        return [key for (key,) in found]
 
     def etcd_keys(self) -> list[str]:
         """Return the keys in etcd."""
@@ -415,6 +428,15 @@ class World:
             *self.command("ss", "-Hlntu").splitlines(),
             *self.keys(),
         ]
+
+
+def nameless(shown: Any) -> Any:
+    """Return what the daemon shows without names."""
+    if isinstance(shown, list):
+        return [nameless(each) for each in shown]
+    if isinstance(shown, dict):
+        return {k: nameless(v) for k, v in shown.items() if k not in NAMES}
+    return shown
 
 
 def differing(wanted: dict[str, Any], found: dict[str, Any]) -> str:

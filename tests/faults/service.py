@@ -197,6 +197,11 @@ def close_all(unit: Unit) -> None:
     read_only("/")
     for path in ("/dev", "/proc", "/sys"):
         read_only(path, yes=False)
+    if unit.says("ProtectKernelTunables") or unit.says("ProtectControlGroups"):
+        # These make systemd 252 mount /run, unless it is there, and then leave it.
+        read_only("/run", yes=False)
+    for path in unit.words("ReadOnlyPaths"):
+        read_only(path)
     if unit.says("ProtectKernelTunables"):
         tunables = [path for path in KERNEL_TUNABLES if Path(path).exists()]
         for path in tunables:
@@ -496,7 +501,8 @@ DROPPED = {
 """Capabilities that settings take away besides."""
 
 OTHERS = {
-    *("StateDirectory", "RuntimeDirectory", "ReadWritePaths", "UMask", "LimitNOFILE"),
+    *("StateDirectory", "RuntimeDirectory", "ReadOnlyPaths", "ReadWritePaths"),
+    *("UMask", "LimitNOFILE"),
     *("CapabilityBoundingSet", "NoNewPrivileges", "ProtectSystem", "ProtectHome"),
     *("PrivateTmp", "ProtectControlGroups", "ProtectKernelTunables"),
 }

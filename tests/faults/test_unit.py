@@ -259,6 +259,7 @@ def refused_overlay(cluster: Cluster, *words: str) -> str:
 
 ATTEMPTS = {
     "write_etc": ("ProtectSystem",),
+    "write_run": ("ReadOnlyPaths",),
     "write_setting": ("ProtectKernelTunables",),
     "write_cgroups": (
         "ProtectControlGroups",

@@ -12,11 +12,12 @@ from cnmdriver.model import Endpoint, Member, Network
 from cnmdriver.plan import bridge, devices, router
 from cnmdriver.plan.modes import MODES
 from cnmdriver.plan.ops import Plan, union
+from tests import frames
+from tests.frames import ARP, EVERYBODY, IP4, IP6, VLAN
 
-from . import frames
 from .conftest import Namespace, network
-from .frames import ARP, EVERYBODY, IP4, IP6, VLAN
 from .sides import Side, pair
+from .wires import plug
 
 pytestmark = pytest.mark.root
 
@@ -61,8 +62,8 @@ class Scene:
             self.mouth.send(frame)
         for mac, ear in self.ears.items():
             text = f"mark {next(MARKS)}".encode()
-            packet = frames.datagram(OWN4, B4, PORT, PORT, text)
-            last = frames.ethernet(mac, MAC, IP4, packet)
+            packet = frames.datagram(OWN6, B6, PORT, PORT, text)
+            last = frames.ethernet(mac, MAC, IP6, packet)
             self.mouth.send(last)
             known = {frames.untagged(frame): frame for frame in sent}
             heard[mac] = [known[f] for f in frames.hear(ear, last) if f in known]
@@ -84,13 +85,13 @@ def plan(side: Side, made: Network, ends: list[Endpoint], others: Plan = ()) -> 
 
 
 @asynccontextmanager
-async def scene(tmp_path, mode: str, **fields):
+async def scene(tmp_path, mode: str, four: str = V4, **fields):
     """
     Make a network with two containers on one host, one of which sends.
 
     The other listens, and so do the gateway and, with an overlay, one on another host.
     """
-    made = network(V4, V6, mode=mode, vni=10_000_001, **fields)
+    made = network(four, V6, mode=mode, vni=10_000_001, **fields)
     async with pair(tmp_path) as (left, right):
         ends = [left.endpoint(made, n) for n in (2, 3)]
         far = right.endpoint(made, 4)
@@ -106,10 +107,10 @@ async def scene(tmp_path, mode: str, **fields):
             yield Scene(
                 side=left,
                 mode=mode,
-                mouth=stack.enter_context(frames.wire(sender, "eth0")),
+                mouth=stack.enter_context(plug(sender, "eth0")),
                 box=sender,
                 ears={
-                    mac: stack.enter_context(frames.wire(*place))
+                    mac: stack.enter_context(plug(*place))
                     for mac, place in places.items()
                 },
             )
@@ -136,7 +137,6 @@ FORGED = {
     "ipv6 gateway": ("ipv6", IP6, frames.datagram(GATEWAY6, B6, PORT, PORT)),
     "link-local of b": ("ipv6", IP6, frames.datagram(LINK_B, LINK, PORT, PORT)),
     "link-local gateway": ("ipv6", IP6, frames.datagram("fe80::1", LINK_B, 5, 5)),
-    "link-local to b": ("ipv6", IP6, frames.datagram("fe80::77", B6, PORT, PORT)),
     "ipv6 nobody": ("ipv6", IP6, frames.datagram("::", B6, PORT, PORT)),
     "arp ip": ("arp", ARP, frames.arp(2, MAC, B4, OWN4)),
     "arp request ip": ("arp", ARP, frames.arp(1, MAC, GATEWAY4, B4)),
@@ -233,6 +233,7 @@ OWN = {
     ),
     "chosen link-local arp": (ARP, frames.arp(1, MAC, "169.254.7.1", "169.254.7.2")),
     "chosen link-local": (IP6, frames.datagram("fe80::77", LINK_B, PORT, PORT)),
+    "chosen link-local to another": (IP6, frames.datagram("fe80::77", B6, PORT, PORT)),
     "advertisement of a chosen one": (
         IP6, frames.discovery("fe80::77", NODES, frames.NA, frames.about("fe80::77", MAC, 2)),
     ),
@@ -283,3 +284,29 @@ async def test_spoofing_that_is_allowed(tmp_path, mode):
                 sent = made.to_all(protocol, payload, *mac)
                 assert sent[0] in made.send(*sent)[MAC_B], name
         assert made.drops() == {}
+
+
+LINK_POOL = "169.254.9.0/24"
+ASSIGNED = {
+    "ipv4": ("ipv4", IP4, frames.datagram("169.254.9.3", "169.254.9.4", PORT, PORT)),
+    "arp": ("arp", ARP, frames.arp(2, MAC, "169.254.9.3", "169.254.9.4")),
+    "ipv6": ("ipv6", IP6, frames.datagram("fe80::77", LINK_B, PORT, PORT)),
+    "advertisement": (
+        "nd", IP6, frames.discovery(OWN6, NODES, frames.NA, frames.about("fe80::77", MAC, 2)),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("mode", MODES)
+async def test_link_local_addresses_that_are_given(tmp_path, mode):
+    """Where the pool is link-local, its addresses are looked at as any others."""
+    async with scene(tmp_path, mode, LINK_POOL) as made:
+        packet = frames.datagram("169.254.9.2", "169.254.9.3", PORT, PORT)
+        own = frames.ethernet(MAC_B, MAC, IP4, packet)
+        assert made.send(own)[MAC_B] == [own]
+        for name, (kind, protocol, payload) in ASSIGNED.items():
+            before = made.drops().get(f"spoofed_{kind}", 0)
+            sent = made.to_all(protocol, payload)
+            assert not any(made.send(*sent).values()), name
+            assert made.drops()[f"spoofed_{kind}"] == before + len(sent), name

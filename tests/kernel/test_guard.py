@@ -11,11 +11,12 @@ from itertools import count
 import pytest
 
 from cnmdriver.plan import devices
+from tests import frames
+from tests.frames import IP4, IP6
 
-from . import frames
 from .conftest import Namespace, namespace, run
-from .frames import IP4, IP6
 from .sides import Side, net, pair
+from .wires import plug
 
 pytestmark = pytest.mark.root
 
@@ -111,8 +112,8 @@ async def scene(tmp_path, version: int = 4, **fields):
             box = left.start(end)
             yield Scene(
                 side=left,
-                box=stack.enter_context(frames.wire(box, "eth0")),
-                wire=stack.enter_context(frames.wire(right.space, "eth0")),
+                box=stack.enter_context(plug(box, "eth0")),
+                wire=stack.enter_context(plug(right.space, "eth0")),
                 mac=mac_of(left.space, "eth0"),
             )
 
@@ -158,7 +159,7 @@ async def test_other_users_are_left_alone(tmp_path, vni, port):
         space.run("ip", "link", "set", "other", "up")
         frame = inner()
         packet = made.outer(STRANGER[4], frame, vni=vni, port=port)
-        with frames.wire(space, "other") as ear:
+        with plug(space, "other") as ear:
             made.speak(made.wire, made.mac, packet)
             assert frame in frames.hear(ear, frame)
         assert not made.heard(frame)
@@ -186,7 +187,7 @@ def neighbour(made: Scene, kind: str) -> Iterator[tuple[socket.socket, str]]:
             space.run("ip", "addr", "add", face, "dev", device, *nodad)
         for name in ("near0", device):
             space.run("sysctl", "-qw", f"net.ipv4.conf.{name}.rp_filter=0")
-        with frames.wire(other, "eth0") as wire:
+        with plug(other, "eth0") as wire:
             yield wire, mac_of(space, device)
 
 
@@ -215,7 +216,7 @@ async def test_a_member_on_this_host(tmp_path):
         space.run("ip", "addr", "add", f"{HERE[4]}/32", "dev", "lo")
         space.run("ip", "route", "add", "192.0.2.0/24", "dev", "eth0")
         frame = inner()
-        with frames.wire(space, "lo") as wire:
+        with plug(space, "lo") as wire:
             made.speak(wire, "00:00:00:00:00:00", made.outer(MEMBER[4], frame))
             assert not made.heard(frame)
             assert made.drops() == {"wrong_way": 1}
@@ -229,7 +230,7 @@ async def test_a_member_in_a_container(tmp_path):
     async with scene(tmp_path, gateway="pynet", spoof=True) as made:
         box, side = next(iter(made.side.boxes.values())), made.side
         mac = mac_of(side.space, devices.gateway(net("10.210.1.0/24").id))
-        with frames.wire(box, "eth0") as wire:
+        with plug(box, "eth0") as wire:
             for number, to in enumerate((HERE[4], "10.210.1.1"), 1):
                 frame = inner()
                 made.speak(wire, mac, made.outer(MEMBER[4], frame, to=to))

@@ -1,8 +1,12 @@
+import signal
+import subprocess
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
+from cnmdriver.lab import process
 from cnmdriver.lab.chaos.history import History, State, Stay, twice
 from cnmdriver.lab.chaos.notes import (
     BUG,
@@ -16,6 +20,7 @@ from cnmdriver.lab.chaos.notes import (
 from cnmdriver.lab.chaos.oracle import amiss, check_history, check_left, state
 from cnmdriver.lab.chaos.schedule import CALM, Fault, kills, schedule
 from cnmdriver.lab.lab import Lab
+from tests.lab.tools import cli, leftovers
 
 HOSTS = ("h1", "h2", "h3")
 MEMBERS = ("e1", "e2", "e3")
@@ -137,6 +142,21 @@ def test_history_ends_stays_of_one_network() -> None:
     assert len(history.stays()) == 2
 
 
+def test_an_address_that_docker_only_goes_on_showing_is_not_believed() -> None:
+    """After a connect that failed, a stay begins only when a command has succeeded."""
+    history = History()
+    life = history.life("h1")
+    history.doubt("a", "blue")
+    history.begin("h1", "a", [("blue", "10.1.0.2"), ("red", "10.2.0.2")], life)
+    assert [s.network for s in history.stays()] == ["red"]
+    history.trust("a", "red")
+    history.begin("h1", "a", [("blue", "10.1.0.2")], life)
+    assert [s.network for s in history.stays()] == ["red"]
+    history.trust("a")
+    history.begin("h1", "a", [("blue", "10.1.0.2")], life)
+    assert sorted(s.network for s in history.stays()) == ["blue", "red"]
+
+
 def test_a_leak_is_what_was_not_there_before() -> None:
     """What was there at the start is no leak; what came is, with its place."""
     before = State(things={"etcd": ("a",), "census on h1": ()})
@@ -152,6 +172,7 @@ def test_a_leak_is_what_was_not_there_before() -> None:
         ("cannot commit: no member of 192.0.2.101:2379 did it", "store is away"),
         ("dial unix /run/docker/plugins/pynet.sock: connect", "pynet is away"),
         ("pool 10.1.0.0/28 has no free address: 13 taken of 13", "no free address"),
+        ("its body is empty, as Docker repeats a call", "its call broke off"),
         ("the moon is in the way", UNKNOWN),
     ],
     ids=lambda text: text[:20],
@@ -210,3 +231,29 @@ def test_the_oracle_sees_what_is_left(make_lab: Callable[..., Lab]) -> None:
         history.begin("h1", name, [("blue", "10.1.0.2")], history.life("h1"))
     check_history(lab, history, notes)
     assert len(notes.findings[DUPLICATES]) == 1
+
+
+@pytest.mark.root
+@pytest.mark.dockerd
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_ctrl_c_takes_the_lab_down(place: Path) -> None:
+    """
+    A run that is interrupted leaves nothing on the machine.
+
+    1. Start `pynet lab chaos` and wait until it has made a fault.
+    2. Press Ctrl-C.
+    Result: the program ends, and neither processes nor files are left.
+    """
+    argv = [*cli(place, "chaos", "--seconds=600", "--seed=1"), "--users=1"]
+    child = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)
+    assert child.stderr is not None
+    with child.stderr as told:
+        assert any(" s  " in line for line in told)
+        lab = Lab.attach(place)
+        pids = process.machine_processes(lab.directory)
+        with process.held(pids) as spaces:
+            child.send_signal(signal.SIGINT)
+            told.read()
+            assert child.wait(120) not in {0, None}
+            assert leftovers(lab, spaces) == []

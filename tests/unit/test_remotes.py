@@ -462,12 +462,38 @@ async def test_flooding_goes_to_each_member(directory):
         assert str(left.dst) == VTEPS[FURTHER]
 
 
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Wait only a little before a host is hidden."""
+    monkeypatch.setattr(module, "GRACE", 0.1)
+
+
+async def dies(carrying):
+    """Let a host's lease run out, and wait until the others hide it."""
+    await carrying.learn(dead(FAR))
+    await asyncio.sleep(module.GRACE + 0.02)
+    await carrying.learn()
+
+
+async def test_a_host_that_is_back_at_once(carrying):
+    """A host whose lease was lost for a moment is not hidden: nothing is touched."""
+    await carrying.learn(carrying.endpoint(2))
+    carrying.keys("apply")
+    await carrying.learn(dead(FAR))
+    assert carrying.entries() == carrying.of(carrying.endpoint(2))
+    await carrying.learn(sign(FAR))
+    await asyncio.sleep(module.GRACE + 0.02)
+    await carrying.learn()
+    assert carrying.entries() == carrying.of(carrying.endpoint(2))
+    assert (carrying.keys("apply"), carrying.keys("clear")) == (set(), set())
+
+
 async def test_a_host_that_dies_is_hidden_and_back(carrying):
     """A dead host's entries go, all others stay; when it lives again they are back."""
     gone = carrying.endpoint(2), carrying.endpoint(3)
     stays = carrying.endpoint(4, FURTHER)
     await carrying.learn(*gone, stays)
-    await carrying.learn(dead(FAR))
+    await dies(carrying)
     assert carrying.entries() == carrying.of(stays)
     await carrying.learn(carrying.endpoint(5))
     assert carrying.entries() == carrying.of(stays)
@@ -480,7 +506,7 @@ async def test_a_death_costs_only_the_dead(carrying):
     await carrying.learn(*(carrying.endpoint(n, FURTHER) for n in range(2, 300)))
     await carrying.learn(carrying.endpoint(300))
     counted = counting(carrying)
-    await carrying.learn(dead(FAR))
+    await dies(carrying)
     await carrying.learn(sign(FAR))
     assert counted.calls == 2
 

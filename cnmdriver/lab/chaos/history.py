@@ -57,6 +57,7 @@ class History:
         self.lock = threading.Lock()
         self.over: list[Stay] = []
         self.open: dict[tuple[str, str, str], Stay] = {}
+        self.doubts: set[tuple[str, str]] = set()
         self.lives: defaultdict[str, int] = defaultdict(int)
         self.start = time.monotonic()
 
@@ -82,6 +83,8 @@ class History:
             if self.lives[host] != life:
                 return
             for network, address in found:
+                if (container, network) in self.doubts:
+                    continue
                 self.open.setdefault(
                     (container, network, address),
                     Stay(
@@ -92,6 +95,24 @@ class History:
                         since=self.now(),
                     ),
                 )
+
+    def doubt(self, container: str, network: str) -> None:
+        """
+        Believe no address of a container on a network from now on.
+
+        Docker goes on showing the address of a connection that it could not make.
+        """
+        with self.lock:
+            self.doubts.add((container, network))
+
+    def trust(self, container: str, network: str = "") -> None:
+        """Believe what Docker shows of a network, or of all: it has just made it."""
+        with self.lock:
+            self.doubts -= {
+                doubt
+                for doubt in self.doubts
+                if doubt[0] == container and network in {"", doubt[1]}
+            }
 
     def end(self, container: str, network: str = "") -> None:
         """End the stays of a container, on one network or on all."""

@@ -18,6 +18,8 @@ REFUSALS = (
     (BUG, r"internal error"),
     ("dockerd is away", r"^docker does not answer"),
     ("pynet is away", r"pynet\.sock|plugin .?pynet.? not found|: EOF$|reset by peer"),
+    ("its call broke off", r"its body is empty, as Docker repeats a call"),
+    ("kernel too slow", r"did not answer within|it took more than"),
     ("address taken", r"is taken by .*choose another|lies in block"),
     ("no free address", r"has no free address"),
     ("port taken", r"already allocated|host port|port .* is taken by pynet"),

@@ -82,10 +82,15 @@ def told(lab: Lab, hosts: Iterable[str], words: set[str]) -> str:
     return "\n".join(lines)
 
 
-def check_reach(lab: Lab, nets: Sequence[Net], notes: Notes) -> None:
+def check_reach(lab: Lab, nets: Sequence[Net], history: History, notes: Notes) -> None:
     """Note the running containers of a network that do not reach each other."""
     for net in nets:
-        places = [place for host in lab.hosts for place in running(host, net)]
+        places = [
+            place
+            for host in lab.hosts
+            for place in running(host, net)
+            if (place.name, net.key(host.name)) not in history.doubts
+        ]
         groups = [places]
         if net.on:
             groups = [[p for p in places if p.host is host] for host in lab.hosts]

@@ -111,7 +111,7 @@ def judge(ground: Ground, nets: Sequence[Net], say: Say) -> None:
     oracle.check_calm(lab, notes)
     oracle.check_history(lab, ground.history, notes)
     say("calm: who reaches whom?")
-    oracle.check_reach(lab, nets, notes)
+    oracle.check_reach(lab, nets, ground.history, notes)
     say("removing all")
     oracle.clear(lab, nets, notes)
 

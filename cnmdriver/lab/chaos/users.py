@@ -190,14 +190,18 @@ class User:
         known = self.containers[name].networks
         net = rng.choice(self.nets)
         verb = "disconnect" if net.name in known else "connect"
-        self.ground.history.end(name, net.key(self.host.name))
-        if self.do(plugged(verb, net, name), name):
+        key = net.key(self.host.name)
+        self.ground.history.end(name, key)
+        if self.do(plugged(verb, net, name), name, key):
             self.ground.notes.count("commands", f"{verb}ed")
 
-    def do(self, command: Command, name: str) -> bool:
+    def do(self, command: Command, name: str, network: str = "") -> bool:
         """Give a command, note how it ended and look at the container after it."""
         answer = self.give(command)
-        if not answer.done:
+        if answer.done:
+            self.ground.history.trust(name, network)
+        else:
+            self.ground.history.doubt(name, network)
             self.ground.notes.refuse(
                 f"{self.ground.history.now():.1f} s, on {self.host.name}: "
                 f"{command.words}",

@@ -1,14 +1,9 @@
-"""Ethernet frames made by hand, and sockets to send and hear them with."""
+"""Ethernet frames made by hand, and what a raw socket hears of them."""
 
-import os
 import socket
 import struct
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from ipaddress import IPv4Address, IPv6Address, ip_address
-
-from .conftest import CLONE_NEWNET, Namespace, call
 
 EVERYBODY = "ff:ff:ff:ff:ff:ff"
 ALL_NODES = "33:33:00:00:00:01"
@@ -105,27 +100,19 @@ def arp(operation: int, mac: str, sender: str, target: str) -> bytes:
     return head + octets(mac) + addresses[0] + bytes(6) + addresses[1]
 
 
-@contextmanager
-def inside(space: Namespace) -> Iterator[None]:
-    """Be in a namespace."""
-    before = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-    call("setns", space.fd, CLONE_NEWNET)
-    try:
-        yield
-    finally:
-        call("setns", before, CLONE_NEWNET)
-        os.close(before)
+def vxlan(vni: int, frame: bytes) -> bytes:
+    """Return what a tunnel's datagram carries (RFC 7348)."""
+    return struct.pack("!II", 0x08 << 24, vni << 8) + frame
 
 
-@contextmanager
-def wire(space: Namespace, device: str) -> Iterator[socket.socket]:
-    """Open a raw socket on a device; it hears what arrives, as it arrives."""
-    with inside(space):
-        opened = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ALL))
-    with opened:
-        opened.bind((device, ALL))
-        opened.settimeout(0.2)
-        yield opened
+def pieces(by: str, to: str, protocol: int, payload: bytes, first: int) -> list[bytes]:
+    """Return a packet in two fragments, the first with that many bytes."""
+    front, back = payload[:first], payload[first:]
+    if ip_address(by).version == 4:
+        more = ip(by, to, protocol, front, piece=0x2000)
+        return [more, ip(by, to, protocol, back, piece=first // 8)]
+    heads = [struct.pack("!BBHI", protocol, 0, at, 77) for at in (1, first)]
+    return [ip(by, to, 44, heads[0] + front), ip(by, to, 44, heads[1] + back)]
 
 
 def hear(ear: socket.socket, last: bytes, seconds: float = 10) -> list[bytes]:
@@ -143,18 +130,3 @@ def hear(ear: socket.socket, last: bytes, seconds: float = 10) -> list[bytes]:
         if frame == last:
             return heard
     raise AssertionError(f"nothing like {last.hex()} came in {seconds} s")
-
-
-def vxlan(vni: int, frame: bytes) -> bytes:
-    """Return what a tunnel's datagram carries (RFC 7348)."""
-    return struct.pack("!II", 0x08 << 24, vni << 8) + frame
-
-
-def pieces(by: str, to: str, protocol: int, payload: bytes, first: int) -> list[bytes]:
-    """Return a packet in two fragments, the first with that many bytes."""
-    front, back = payload[:first], payload[first:]
-    if ip_address(by).version == 4:
-        more = ip(by, to, protocol, front, piece=0x2000)
-        return [more, ip(by, to, protocol, back, piece=first // 8)]
-    heads = [struct.pack("!BBHI", protocol, 0, at, 77) for at in (1, first)]
-    return [ip(by, to, 44, heads[0] + front), ip(by, to, 44, heads[1] + back)]
