@@ -115,6 +115,18 @@ def pieces(by: str, to: str, protocol: int, payload: bytes, first: int) -> list[
     return [ip(by, to, 44, heads[0] + front), ip(by, to, 44, heads[1] + back)]
 
 
+def awaken(mouth: socket.socket, sent: bytes, ear: socket.socket, heard: bytes) -> None:
+    """Send a frame until it arrives: devices that are new lose some at first."""
+    for seconds in (0.3, 0.3, 1, 1, 3, 3, 10):
+        mouth.send(sent)
+        try:
+            hear(ear, heard, seconds)
+        except AssertionError:
+            continue
+        return
+    hear(ear, heard, 0)
+
+
 def hear(ear: socket.socket, last: bytes, seconds: float = 10) -> list[bytes]:
     """Return all frames that arrive up to the last one, which must come."""
     heard: list[bytes] = []

@@ -55,9 +55,7 @@ class RemoveHost(Protocol):
 async def no_host(name: str, *, force: bool) -> str:
     """Refuse: this host has a store of its own."""
     del force
-    raise NotFound(
-        f"there is no host {name[:80]!r}: this one has a store of its own"
-    )
+    raise NotFound(f"there is no host {name[:80]!r}: this one has a store of its own")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -116,7 +116,7 @@ def hosts(site: Site, marks: Mapping[str, int]) -> list[Json]:
     shared = reached_by_others(site)
     found = []
     for host in view.all(Host, "hosts/"):
-        alive = view.get(Alive, records.alive(host.id)) is not None
+        alive = view.get(Alive, records.alive(host.id))
         mark = marks.get(host.id, 0)
         found.append(
             {

@@ -1,7 +1,7 @@
 """Is it well: the daemon, its store, Docker's door, and what needs attention."""
 
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 
 from cnmdriver.driver.site import Site
 from cnmdriver.errors import DriverError
@@ -66,14 +66,26 @@ async def remarks(site: Site, info: Mapping[str, object]) -> AsyncIterator[str]:
         )
     async for sentence in outbox(site):
         yield sentence
-    for key, error in sorted(site.view.malformed.items()):
-        yield f"record {key} in the store cannot be read and is left out: {error}"
+    for sentence in stored(site, info):
+        yield sentence
     for name in strings(info.get("orphans")):
         yield f"{name} is in use by a sandbox and in no record; pynet diff shows it"
     for problem in strings(info.get("problems")):
         yield f"the last audit could not mend the kernel: {problem}"
     async for sentence in differences(site):
         yield sentence
+
+
+def stored(site: Site, info: Mapping[str, object]) -> Iterator[str]:
+    """Say what is in the store as it should not be, or lacks there."""
+    yield from strings(info.get("conflicts"))
+    if site.view.missing:
+        yield (
+            f"the store lacks {len(site.view.missing)} records that this host knows: "
+            "it was wiped, restored or exchanged; what is in use is published again"
+        )
+    for key, error in sorted(site.view.malformed.items()):
+        yield f"record {key} in the store cannot be read and is left out: {error}"
 
 
 def strings(value: object) -> list[str]:

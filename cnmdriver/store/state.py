@@ -29,7 +29,7 @@ from typing import TypeVar
 import structlog
 
 from cnmdriver.errors import DriverError, StoreError
-from cnmdriver.model import Cluster, Knock
+from cnmdriver.model import Cluster, Endpoint, Knock, Network, Reservation
 from cnmdriver.store import records
 from cnmdriver.store.base import (
     Change,
@@ -504,11 +504,29 @@ class State:
         items = {key: item for key, item in found.items() if item is not None}
         self.hear((k, i.value, i.revision) for k, i in items.items())
         left = [k for k in keys if not is_anothers(k, items.get(k), host)]
+        for key in [k for k in left if self.is_late(k, change.puts.get(k))]:
+            # It is reported as long as it stays, and published by nobody.
+            self.view.miss(key)
+            left.remove(key)
         return Change(
             expect={k: items[k].revision if k in items else 0 for k in left},
             puts={k: v for k, v in change.puts.items() if k in left},
             deletes=change.deletes.intersection(left),
         )
+
+    def is_late(self, key: str, value: bytes | None) -> bool:
+        """Tell whether an endpoint has an address that is another host's by now."""
+        record = None if value is None else records.decode(key, value)
+        if self.session is None or not isinstance(record, Endpoint):
+            return False
+        network = self.view.get(Network, records.network(record.network))
+        for subnet in network.subnets if network is not None else ():
+            for address in record.addresses:
+                taken = records.address(subnet.space, subnet.pool, address.ip)
+                held = self.view.get(Reservation, taken)
+                if held is not None and held.host != self.session.host:
+                    return True
+        return False
 
     async def follow(self) -> None:
         """Keep the view true until cancelled: read everything, watch, and again."""
@@ -545,8 +563,8 @@ class State:
             # A full store refuses that, and can still be followed.
             with contextlib.suppress(StoreError):
                 await self.settle()
-        await self.replay()
         await self.read()
+        await self.replay()
         self.note(None)
 
     def note(self, reason: str | None) -> None:

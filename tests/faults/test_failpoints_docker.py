@@ -4,21 +4,19 @@ The daemon dies or is refused under a real Docker, at steps of each of its calls
 Each call's first, middle and last step; `test_failpoints.py` has them all.
 """
 
-import json
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
-from cnmdriver.lab import process
 from cnmdriver.lab.host import Host
 from cnmdriver.lab.lab import Lab
-from cnmdriver.lab.machine import wait_until
 from tests.dockerd.cluster import Cluster, census
 from tests.dockerd.tools import Container, api, eventually, left_of_pynet
+from tests.faults.failpoint_world import KILLED, Daemon
 
 pytestmark = [
     pytest.mark.root,
@@ -27,9 +25,10 @@ pytestmark = [
     pytest.mark.timeout(400),
 ]
 
-TIMES = ("--grace=2", "--audit=1", "--log-format=json")
-"""What Docker has lost is given back after a moment, not only after a minute."""
 PATIENCE = 20.0
+"""Seconds for what is to become as it was."""
+TRIES = 40
+"""Times a command is typed, with a breath between."""
 ROUNDS = 4
 """Times a story is told: what happens once in it can fail once in it."""
 WHEN: dict[str, Callable[[int], int]] = {
@@ -52,13 +51,20 @@ OVERLAY = (
 @pytest.fixture(scope="module")
 def lonely(make_module_lab: Callable[..., Lab]) -> Lab:
     """Return a lab of one host with a store of its own."""
-    return make_module_lab(pynet_args=TIMES)
+    return make_module_lab(serve=False)
 
 
 @pytest.fixture(scope="module")
 def shared(make_module_lab: Callable[..., Lab]) -> Lab:
     """Return a lab of one host and etcd."""
-    return make_module_lab(etcd=1, pynet_args=TIMES)
+    return make_module_lab(etcd=1, serve=False)
+
+
+@pytest.fixture
+def scene(request: pytest.FixtureRequest) -> Iterator["Scene"]:
+    """Return a lab with a daemon; afterwards all must be as it was before."""
+    with Scene(request.getfixturevalue(request.param)) as made:
+        yield made
 
 
 @dataclass
@@ -87,14 +93,13 @@ class User:
 
     def types(self, words: str) -> None:
         """Type a command until it succeeds; what it did already is none to repeat."""
-
-        def succeeds() -> bool:
+        for _ in range(TRIES):
             done = self.host.docker(*words.split(), check=False)
-            if done.returncode:
-                self.failures.append(f"{words}: {done.stderr}")
-            return done.returncode == 0
-
-        assert wait_until(succeeds, PATIENCE), self.failures[-3:]
+            if not done.returncode:
+                return
+            self.failures.append(f"{words}: {done.stderr}")
+            time.sleep(0.2)
+        raise AssertionError(self.failures[-2:])
 
     def check(self) -> None:
         """Fail unless no address is there twice and the containers reach each other."""
@@ -102,37 +107,95 @@ class User:
         given = [c.attachment(n)["IPAddress"] for c in (one, two) for n in c.networks]
         assert len(set(given)) == len(given)
         assert one.pings(two.ip("NET"))
-        assert two.pings(one.ip6("NET") or one.ip("NET"))
+        t = time.time()
+        if not two.pings(one.ip6("NET") or one.ip("NET")):
+            print(
+                "NO PING", two.net("ip", "neigh").stdout, one.net("ip", "addr").stdout
+            )
+            assert eventually(lambda: two.pings(one.ip6("NET")), 60)
+            print("AFTER", time.time() - t, two.net("ip", "neigh").stdout)
+
+
+class Scene:
+    """A lab with a daemon, of which nothing may be left."""
+
+    def __init__(self, lab: Lab) -> None:
+        """Start the daemon."""
+        self.lab = lab
+        self.host = lab.hosts[0]
+        store = f"etcd://{lab.members[0].address4}:2379" if lab.members else ""
+        self.daemon = Daemon(self.host, store=store, audit="1")
+        self.user = User(self.host)
+
+    def __enter__(self) -> Self:
+        self.daemon.start()
+        self.before = self.look()
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            if kind is None:
+                eventually(lambda: self.look() == self.before, PATIENCE)
+                assert self.look() == self.before
+                assert "Traceback" not in self.daemon.log()
+        finally:
+            self.daemon.close()
+
+    def look(self) -> dict[str, Any]:
+        """Return what there is of networks, on the host and in the store."""
+        names = {n["Name"] for n in api(self.host, "GET", "/networks")}
+        return {
+            "networks": sorted(names - {"docker_gwbridge"}),
+            "left": left_of_pynet(self.host),
+            "census": census(self.host),
+            "pools": self.host.pynet("ipam", "ls", "--json").stdout,
+            "keys": Cluster(self.lab).keys() if self.lab.members else [],
+        }
+
+    def tell(self) -> None:
+        """Tell the story of this lab."""
+        self.user.tells(OVERLAY if self.lab.members else BRIDGE)
+
+    def steps(self) -> dict[str, int]:
+        """Tell it undisturbed; return each call with its number of steps, in order."""
+        self.daemon.restart("trace")
+        self.tell()
+        assert self.user.failures == []
+        found: dict[str, int] = {}
+        for line in self.events("failpoint.step"):
+            if line["call"]:
+                found[line["call"]] = max(line["number"], found.get(line["call"], 0))
+        assert len(found) >= 11
+        return found
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """Return what the daemons have logged under a name since this was asked."""
+        return [line for line in self.daemon.news() if line["event"] == name]
 
 
 class Reviver:
     """Starts the daemon again whenever it dies, with the next failpoint."""
 
-    def __init__(self, host: Host, armed: list[str]) -> None:
+    def __init__(self, daemon: Daemon, armed: list[str]) -> None:
         """Begin with the first failpoint."""
-        self.host = host
+        self.daemon = daemon
         self.armed = armed
         self.deaths = 0
         self.over = threading.Event()
         self.problem: BaseException | None = None
-        self.begin()
+        daemon.restart(armed[0])
         self.thread = threading.Thread(target=self.watch)
         self.thread.start()
-
-    def begin(self) -> None:
-        """Start the daemon with the failpoint whose turn it is."""
-        word = ",".join(self.armed[self.deaths :][:1])
-        self.host.start_pynet(env={"PYNET_FAILPOINT": word})
-        self.pid = self.host.service_pid("pynet")
 
     def watch(self) -> None:
         """Wait for the daemon's end, again and again."""
         try:
-            while not self.over.wait(0.05):
-                if process.has_ended(self.pid):
-                    wait_until(lambda: self.host.service("pynet") is None, 5.0)
+            while not self.over.is_set():
+                state = self.daemon.ask("wait 0.05")
+                if state != "alive":
+                    assert state == KILLED
                     self.deaths += 1
-                    self.begin()
+                    self.daemon.start(",".join(self.armed[self.deaths :][:1]))
         except BaseException as error:  # noqa: BLE001 - told where it is waited for
             self.problem = error
 
@@ -143,112 +206,32 @@ class Reviver:
         assert self.problem is None
 
 
-def steps(host: Host) -> dict[str, int]:
-    """Return each of Docker's calls with the number of steps it takes, in order."""
-    found: dict[str, int] = {}
-    for line in events(host, "failpoint.step"):
-        if line["call"]:
-            found[line["call"]] = max(line["number"], found.get(line["call"], 0))
-    return found
-
-
-def events(host: Host, name: str) -> list[dict[str, Any]]:
-    """Return what the daemons have logged under a name."""
-    lines = [line for line in host.log("pynet").splitlines() if line[:1] == "{"]
-    return [one for one in map(json.loads, lines) if one["event"] == name]
-
-
-@contextmanager
-def unchanged(lab: Lab) -> Iterator[None]:
-    """Fail unless all is afterwards as it was before."""
-    host = lab.hosts[0]
-
-    def look() -> dict[str, Any]:
-        names = [n["Name"] for n in api(host, "GET", "/networks")]
-        keys = Cluster(lab).keys() if lab.members else []
-        pools = host.pynet("ipam", "ls", "--json").stdout
-        return {
-            "networks": sorted(set(names) - {"docker_gwbridge"}),
-            "left": left_of_pynet(host),
-            "census": census(host),
-            "keys": keys,
-            "pools": pools,
-        }
-
-    before = look()
-    yield
-    eventually(lambda: look() == before, PATIENCE)
-    assert look() == before
-    assert "Traceback" not in host.log("pynet")
-
-
-def story_of(lab: Lab) -> tuple[str, ...]:
-    """Return the networks that are made in a lab."""
-    return OVERLAY if lab.members else BRIDGE
-
-
-def counted(lab: Lab) -> dict[str, int]:
-    """Tell the story undisturbed and return the calls with their steps."""
-    host = lab.hosts[0]
-    host.kill_pynet()
-    host.start_pynet(env={"PYNET_FAILPOINT": "trace"})
-    user = User(host)
-    user.tells(story_of(lab))
-    assert user.failures == []
-    found = steps(host)
-    assert len(found) >= 11
-    return found
-
-
-@pytest.mark.parametrize(
-    ("where", "when"),
-    [
-        ("lonely", "first"),
-        ("lonely", "middle"),
-        ("lonely", "last"),
-        ("shared", "middle"),
-    ],
-)
-async def test_the_daemon_dies_in_each_call(where, when, request):
+@pytest.mark.parametrize("when", WHEN)
+@pytest.mark.parametrize("scene", ["lonely", "shared"], indirect=True)
+async def test_the_daemon_dies_in_each_call(scene, when):
     """Commands that failed are typed again, and nothing is left or there twice."""
-    lab: Lab = request.getfixturevalue(where)
-    host = lab.hosts[0]
-    with unchanged(lab):
-        armed = [f"{c}.{WHEN[when](n)}:kill" for c, n in counted(lab).items()]
-        host.kill_pynet()
-        reviver = Reviver(host, armed)
-        user = User(host)
-        try:
-            for _ in range(ROUNDS):
-                if reviver.deaths < len(armed):
-                    user.tells(story_of(lab))
-        finally:
-            reviver.end()
-        assert reviver.deaths == len(armed)
-    hits = [line["failpoint"] for line in events(host, "failpoint.hit")]
-    assert hits[-len(armed) :] == [word.partition(":")[0] for word in armed]
-
-
-@pytest.mark.parametrize("where", ["lonely", "shared"])
-async def test_each_call_is_refused(where, request):
-    """Docker hears why, rolls back, and the command that is typed again succeeds."""
-    lab: Lab = request.getfixturevalue(where)
-    host = lab.hosts[0]
-    with unchanged(lab):
-        places = {f"{c}.{w(n)}" for c, n in counted(lab).items() for w in WHEN.values()}
-        armed = ",".join(f"{place}:error" for place in sorted(places))
-        host.kill_pynet()
-        before = len(events(host, "failpoint.hit"))
-        host.start_pynet(env={"PYNET_FAILPOINT": armed})
-
-        def hits() -> set[str]:
-            lines = events(host, "failpoint.hit")[before:]
-            return {line["failpoint"] for line in lines}
-
-        user = User(host)
+    places = [f"{call}.{WHEN[when](last)}" for call, last in scene.steps().items()]
+    reviver = Reviver(scene.daemon, [f"{place}:kill" for place in places])
+    try:
         for _ in range(ROUNDS):
-            if hits() != places:
-                user.tells(story_of(lab))
-        assert hits() == places
-    for text in user.failures:
+            if reviver.deaths < len(places):
+                scene.tell()
+    finally:
+        reviver.end()
+    assert [hit["failpoint"] for hit in scene.events("failpoint.hit")] == places
+
+
+@pytest.mark.parametrize("scene", ["lonely", "shared"], indirect=True)
+async def test_each_call_is_refused(scene):
+    """Docker hears why, rolls back, and the command that is typed again succeeds."""
+    calls = scene.steps().items()
+    places = {f"{call}.{when(last)}" for call, last in calls for when in WHEN.values()}
+    scene.daemon.restart(",".join(f"{place}:error" for place in sorted(places)))
+    hit: set[str] = set()
+    for _ in range(ROUNDS):
+        if hit != places:
+            scene.tell()
+            hit |= {line["failpoint"] for line in scene.events("failpoint.hit")}
+    assert hit == places
+    for text in scene.user.failures:
         assert "failed, as PYNET_FAILPOINT wants it" in text

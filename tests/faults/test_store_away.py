@@ -33,6 +33,7 @@ TURNS = 4.0
 """Seconds for an election, a watch and a kernel."""
 SOON = 5.0
 """Seconds until all hosts know what was done while the store was away."""
+DEAD = 30.0
 CONNECTS = 100
 """On each of two hosts; besides them some containers are started and stopped."""
 
@@ -85,9 +86,7 @@ def in_agreement(cluster: Cluster) -> bool:
 def reaches(one: Container, other: Container, timeout: float = SOON) -> bool:
     """Tell whether one container soon has an answer of the other."""
     with closing(Server(other.look(), other.name, PORT, "udp")):
-        return eventually(
-            lambda: one.udp(other.ip(), PORT, 0.3) is not None, timeout
-        )
+        return eventually(lambda: one.udp(other.ip(), PORT, 0.3) is not None, timeout)
 
 
 def had(container: Container) -> tuple[str, str]:
@@ -404,3 +403,71 @@ def states(host: Host) -> dict[str, str]:
     """Return the state of each host, as one of them sees it."""
     shown = json.loads(host.pynet("host", "ls", "--json").stdout)
     return {h["name"]: h["state"] for h in shown}
+
+
+# Hosts that are given up.
+
+
+def test_a_host_that_is_cut_off_for_long_and_given_up(
+    make_lab: Callable[..., Lab],
+) -> None:
+    """
+    An owner of blocks stops giving them out before others may take them.
+
+    1. A host is cut off from the store; at first it starts containers by itself.
+    2. Half of `dead_after` later it refuses. Another host gives it up; its blocks stay
+       closed until it is dead. Then an address of them has another owner.
+    3. The host is back.
+    Result: what it has is known again, but for the address that is another's, which is
+    reported until one of the two goes; a host that is alive is not given up.
+    """
+    lab = make_lab(2, etcd=1, pynet_args=("--dead-after", str(DEAD)))
+    with Cluster(lab) as cluster:
+        cluster.join(0, "blue", "--subnet", "10.98.1.0/28")
+        cluster.join(1, "blue", "--subnet", "10.98.1.0/28")
+        prober, stays = cluster.run("blue")
+        first, second = lab.hosts
+        refused = first.pynet("host", "rm", second.name, check=False)
+        assert refused.returncode != 0
+        assert "it is alive" in refused.stderr
+        lab.cut(second.name, lab.members[0].name)
+        begin = time.monotonic()
+        assert eventually(lambda: status(second)["store"]["away"], 10)
+        alone = cluster.scenes[1].run("blue")
+        time.sleep(max(0.0, begin + DEAD / 2 + TURNS - time.monotonic()))
+        assert "the store has been away since" in cluster.scenes[1].refused_run("blue")
+        assert states(first)[second.name] != "alive"
+        said = first.pynet("host", "rm", second.name).stdout
+        assert "stay closed" in said
+        assert second.name not in states(first)
+        theirs = alone.ip()
+        assert "gives out" in cluster.scenes[0].refused_run("blue", "--ip", theirs)
+        blocks = ("get", "--prefix", "/pynet/v1/blocks/", "--print-value-only")
+        owner = status(second)["host"]["id"]
+        assert eventually(lambda: owner not in etcdctl(lab, *blocks).stdout, DEAD)
+        cluster.scenes[0].run("blue", "--ip", theirs)
+        lab.mend(second.name, lab.members[0].name)
+        assert eventually(lambda: states(first).get(second.name) == "alive", 10)
+        clash = f"address {theirs} of container"
+        assert eventually(lambda: clash in " ".join(status(second)["attention"]), 10)
+        assert reaches(prober, stays)
+        cluster.scenes[1].remove(alone)
+        assert eventually(lambda: status(second)["well"], 10)
+
+
+def test_a_dead_host_is_cleared_away(make_lab: Callable[..., Lab]) -> None:
+    """What a host had that has been away for `dead_after` is there for others."""
+    lab = make_lab(2, etcd=1, pynet_args=("--dead-after", "16"))
+    with Cluster(lab) as cluster:
+        for number in range(2):
+            cluster.join(number, "blue", "--subnet", "10.98.2.0/29")
+        gone = cluster.scenes[1].run("blue", "--ip", "10.98.2.5")
+        host = lab.hosts[1]
+        host.power_cut()
+        first = cluster.scenes[0]
+        assert "10.98.2.5" in first.refused_run("blue", "--ip", "10.98.2.5")
+        assert eventually(lambda: host.name not in states(lab.hosts[0]), 60)
+        assert first.run("blue", "--ip", "10.98.2.5").ip() == "10.98.2.5"
+        host.power_on()
+        assert eventually(lambda: states(lab.hosts[0]).get(host.name) == "alive", 10)
+        del gone

@@ -15,7 +15,7 @@ from cnmdriver.plan.ops import Plan, union
 from tests import frames
 from tests.frames import ARP, EVERYBODY, IP4, IP6, VLAN
 
-from .conftest import Namespace, network
+from .conftest import network
 from .sides import Side, pair
 from .wires import plug
 
@@ -40,7 +40,6 @@ class Scene:
     side: Side
     mode: str
     mouth: socket.socket
-    box: Namespace
     ears: dict[str, socket.socket]
     """By the MAC that reaches it."""
 
@@ -61,9 +60,7 @@ class Scene:
         for frame in sent:
             self.mouth.send(frame)
         for mac, ear in self.ears.items():
-            text = f"mark {next(MARKS)}".encode()
-            packet = frames.datagram(OWN6, B6, PORT, PORT, text)
-            last = frames.ethernet(mac, MAC, IP6, packet)
+            last = mark(mac)
             self.mouth.send(last)
             known = {frames.untagged(frame): frame for frame in sent}
             heard[mac] = [known[f] for f in frames.hear(ear, last) if f in known]
@@ -73,6 +70,13 @@ class Scene:
         """Return frames with a payload for each who listens, and for everybody."""
         to = (*self.ears, EVERYBODY)
         return [frames.ethernet(t, mac, kind, payload) for t in to]
+
+
+def mark(mac: str) -> bytes:
+    """Return a frame to a MAC that is like no other."""
+    text = f"mark {next(MARKS)}".encode()
+    packet = frames.datagram(OWN6, B6, PORT, PORT, text)
+    return frames.ethernet(mac, MAC, IP6, packet)
 
 
 def plan(side: Side, made: Network, ends: list[Endpoint], others: Plan = ()) -> Plan:
@@ -104,16 +108,12 @@ async def scene(tmp_path, mode: str, four: str = V4, **fields):
             await right.apply(right.plan(made, far))
             places[MAC_C] = (right.start(far), "eth0")
         with ExitStack() as stack:
-            yield Scene(
-                side=left,
-                mode=mode,
-                mouth=stack.enter_context(plug(sender, "eth0")),
-                box=sender,
-                ears={
-                    mac: stack.enter_context(plug(*place))
-                    for mac, place in places.items()
-                },
-            )
+            mouth = stack.enter_context(plug(sender, "eth0"))
+            ears = {m: stack.enter_context(plug(*p)) for m, p in places.items()}
+            for mac, ear in ears.items():
+                first = mark(mac)
+                frames.awaken(mouth, first, ear, first)
+            yield Scene(side=left, mode=mode, mouth=mouth, ears=ears)
 
 
 ADVERT = bytes(8)
@@ -137,6 +137,7 @@ FORGED = {
     "ipv6 gateway": ("ipv6", IP6, frames.datagram(GATEWAY6, B6, PORT, PORT)),
     "link-local of b": ("ipv6", IP6, frames.datagram(LINK_B, LINK, PORT, PORT)),
     "link-local gateway": ("ipv6", IP6, frames.datagram("fe80::1", LINK_B, 5, 5)),
+    "link-local of no link": ("ipv6", IP6, frames.datagram("fe81::7", LINK_B, 5, 5)),
     "ipv6 nobody": ("ipv6", IP6, frames.datagram("::", B6, PORT, PORT)),
     "arp ip": ("arp", ARP, frames.arp(2, MAC, B4, OWN4)),
     "arp request ip": ("arp", ARP, frames.arp(1, MAC, GATEWAY4, B4)),

@@ -42,6 +42,11 @@ def inner() -> bytes:
     return frames.ethernet(BOX, FAR, IP4, packet)
 
 
+def framed(mac: str, packet: bytes) -> bytes:
+    """Return a frame that brings a packet to a device of the host's."""
+    return frames.ethernet(mac, "02:00:00:00:00:aa", KINDS[packet[0] >> 4], packet)
+
+
 @dataclass(kw_only=True)
 class Scene:
     """A host with a container, and who sends frames to it."""
@@ -63,8 +68,7 @@ class Scene:
     def speak(self, wire: socket.socket, mac: str, *packets: bytes) -> None:
         """Send packets to a device of the host's."""
         for packet in packets:
-            kind = KINDS[packet[0] >> 4]
-            wire.send(frames.ethernet(mac, "02:00:00:00:00:aa", kind, packet))
+            wire.send(framed(mac, packet))
 
     def gets(self, *packets: bytes, frame: bytes) -> bool:
         """Tell whether the container gets a frame by packets on the underlay."""
@@ -99,7 +103,7 @@ class Scene:
 
 
 @asynccontextmanager
-async def scene(tmp_path, version: int = 4, **fields):
+async def built(tmp_path, version: int = 4, **fields):
     """Make a host with a container on an overlay, and a wire to it."""
     made = net("10.210.1.0/24", **fields)
     async with pair(tmp_path, version) as (left, right):
@@ -110,18 +114,22 @@ async def scene(tmp_path, version: int = 4, **fields):
         await left.apply(left.plan(made, end))
         with ExitStack() as stack:
             box = left.start(end)
-            yield Scene(
+            scene = Scene(
                 side=left,
                 box=stack.enter_context(plug(box, "eth0")),
                 wire=stack.enter_context(plug(right.space, "eth0")),
                 mac=mac_of(left.space, "eth0"),
             )
+            frame = inner()
+            packet = scene.outer(MEMBER[version], frame)
+            frames.awaken(scene.wire, framed(scene.mac, packet), scene.box, frame)
+            yield scene
 
 
 @pytest.mark.parametrize("version", [4, 6])
 async def test_strangers_are_kept_out(tmp_path, version):
     """Frames of our network come in from a member only, and what is dropped is counted."""
-    async with scene(tmp_path, version) as made:
+    async with built(tmp_path, version) as made:
         frame = inner()
         member, stranger = (made.outer(by[version], frame) for by in (MEMBER, STRANGER))
         assert made.gets(member, frame=frame)
@@ -139,7 +147,7 @@ async def test_strangers_are_kept_out(tmp_path, version):
 @pytest.mark.parametrize("version", [4, 6])
 async def test_fragments_are_no_way_in(tmp_path, version, first):
     """A stranger's packet in fragments is known by its network all the same."""
-    async with scene(tmp_path, version) as made:
+    async with built(tmp_path, version) as made:
         frame = inner()
         for by, passes in ((MEMBER, True), (STRANGER, False)):
             way = (by[version], HERE[version])
@@ -152,7 +160,7 @@ async def test_fragments_are_no_way_in(tmp_path, version, first):
 @pytest.mark.parametrize(("vni", "port"), [(4097, PORT), (VNI, 8472)])
 async def test_other_users_are_left_alone(tmp_path, vni, port):
     """Another's device gets its own network's frames on our port, from whomever."""
-    async with scene(tmp_path) as made:
+    async with built(tmp_path) as made:
         space = made.side.space
         kind = ("type", "vxlan", "id", str(vni), "local", HERE[4], "dstport", str(port))
         space.run("ip", "link", "add", "other", *kind)
@@ -187,15 +195,18 @@ def neighbour(made: Scene, kind: str) -> Iterator[tuple[socket.socket, str]]:
             space.run("ip", "addr", "add", face, "dev", device, *nodad)
         for name in ("near0", device):
             space.run("sysctl", "-qw", f"net.ipv4.conf.{name}.rp_filter=0")
-        with plug(other, "eth0") as wire:
-            yield wire, mac_of(space, device)
+        mac = mac_of(space, device)
+        with plug(other, "eth0") as wire, plug(space, device) as ear:
+            first = framed(mac, frames.datagram("172.17.0.9", NEAR[4], 7, 7))
+            frames.awaken(wire, first, ear, first)
+            yield wire, mac
 
 
 @pytest.mark.parametrize("version", [4, 6])
 @pytest.mark.parametrize("kind", ["veth", "bridge"])
 async def test_a_member_behind_a_containers_bridge(tmp_path, kind, version):
     """A member's address that comes from where containers are is not believed."""
-    async with scene(tmp_path, version) as made:
+    async with built(tmp_path, version) as made:
         with neighbour(made, kind) as (wire, mac):
             for number, to in enumerate((HERE[version], NEAR[version]), 1):
                 frame = inner()
@@ -210,7 +221,7 @@ async def test_a_member_behind_a_containers_bridge(tmp_path, kind, version):
 
 async def test_a_member_on_this_host(tmp_path):
     """A member's address is not believed on the loopback device, whatever is there."""
-    async with scene(tmp_path) as made:
+    async with built(tmp_path) as made:
         space = made.side.space
         space.run("ip", "addr", "del", f"{HERE[4]}/24", "dev", "eth0")
         space.run("ip", "addr", "add", f"{HERE[4]}/32", "dev", "lo")
@@ -227,7 +238,7 @@ async def test_a_member_on_this_host(tmp_path):
 
 async def test_a_member_in_a_container(tmp_path):
     """A container that may spoof does not get into tunnels through its gateway."""
-    async with scene(tmp_path, gateway="pynet", spoof=True) as made:
+    async with built(tmp_path, gateway="pynet", spoof=True) as made:
         box, side = next(iter(made.side.boxes.values())), made.side
         mac = mac_of(side.space, devices.gateway(net("10.210.1.0/24").id))
         with plug(box, "eth0") as wire:
@@ -240,7 +251,7 @@ async def test_a_member_in_a_container(tmp_path):
 
 async def test_a_way_back_by_another_device(tmp_path):
     """A member that is answered by another device than it comes by is let in."""
-    async with scene(tmp_path) as made:
+    async with built(tmp_path) as made:
         with neighbour(made, "veth"):
             made.side.space.run("ip", "route", "add", f"{MEMBER[4]}/32", "dev", "near0")
             frame = inner()
@@ -250,7 +261,7 @@ async def test_a_way_back_by_another_device(tmp_path):
 
 async def test_an_address_of_no_device(tmp_path):
     """With the tunnel's address on another device, the way to the member counts."""
-    async with scene(tmp_path) as made:
+    async with built(tmp_path) as made:
         space = made.side.space
         space.run("ip", "addr", "del", f"{HERE[4]}/24", "dev", "eth0")
         space.run("ip", "addr", "add", f"{HERE[4]}/32", "dev", "lo")

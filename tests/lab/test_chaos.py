@@ -195,6 +195,16 @@ def test_only_refusals_that_nobody_can_explain_are_findings() -> None:
     assert any("the moon" in line for line in notes.summary())
 
 
+def test_in_peace_a_store_that_is_away_explains_nothing() -> None:
+    """When all faults are over, only what others have may stand in the way."""
+    notes = Notes(seed=1)
+    notes.refuse("docker run a", "pool 10.1.0.0/28 has no free address", peace=True)
+    notes.refuse("docker run a", "the store is away")
+    assert notes.well
+    notes.refuse("docker run a", "the store is away", peace=True)
+    assert not notes.well
+
+
 @pytest.mark.root
 @pytest.mark.dockerd
 @pytest.mark.timeout(120)

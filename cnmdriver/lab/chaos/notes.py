@@ -37,6 +37,7 @@ REFUSALS = (
     ),
 )
 """Why a command of a user may be refused, by words of its text; the first counts."""
+IN_PEACE = {"address taken", "no free address", "port taken", "docker's own"}
 
 
 def refusal(text: str) -> str:
@@ -73,12 +74,16 @@ class Notes:
         with self.lock:
             self.findings[kind].append(text)
 
-    def refuse(self, command: str, text: str) -> None:
-        """Note a refused command; one that nobody could explain is a finding."""
+    def refuse(self, command: str, text: str, *, peace: bool = False) -> None:
+        """
+        Note a refused command; one that nobody could explain is a finding.
+
+        In peace, when all faults are over, there are fewer explanations.
+        """
         kind = refusal(text)
         self.count("commands", "refused")
         self.count("refusals", kind)
-        if kind in {BUG, UNKNOWN}:
+        if kind in {BUG, UNKNOWN} or (peace and kind not in IN_PEACE):
             self.find(WRONG, f"{command}: refused with: {text}")
 
     @property

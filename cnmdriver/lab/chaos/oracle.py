@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import permutations
+from urllib.parse import quote
 
 from cnmdriver.lab.chaos import docker
 from cnmdriver.lab.chaos.history import KEPT, History, State, Stay, twice
@@ -130,8 +131,10 @@ def reaches(place: Place, address: str) -> bool:
 def running(host: Host, net: Net) -> Iterator[Place]:
     """Yield the containers that Docker says run on a network."""
     filters = json.dumps({"label": [LABEL], "status": ["running"]})
-    answer = docker.ask(host, "GET", f"/containers/json?filters={filters}")
-    for listed in answer.data or ():
+    answer = docker.ask(host, "GET", f"/containers/json?filters={quote(filters)}")
+    if not answer.done:
+        raise LabError(f"dockerd on {host.name} lists no containers: {answer.text}")
+    for listed in answer.data:
         shown = docker.ask(host, "GET", f"/containers/{listed['Id']}/json").data
         place = shown["NetworkSettings"]["Networks"].get(net.name)
         if place:

@@ -92,9 +92,6 @@ def play(lab: Lab, plan: Plan, say: Say) -> Notes:
     ground = Ground(lab, history, notes)
     try:
         hurt(ground, nets, plan, say)
-        say("all faults are over: healing")
-        ground.heal()
-        ground.find_ended(lab.nodes)
         judge(ground, nets, say)
         oracle.check_left(lab, before, notes)
     except LabError as error:
@@ -180,6 +177,10 @@ def hurt(ground: Ground, nets: Sequence[Net], plan: Plan, say: Say) -> None:
     try:
         wait_for(hurting, ground)
         ground.ended.wait(max(0.0, end - ground.history.now()))
+        say("all faults are over: healing")
+        ground.heal()
+        ground.find_ended(ground.lab.nodes)
+        oracle.check_calm(ground.lab, ground.notes)
     finally:
         stop.set()
     wait_for(working, ground, JOIN_LIMIT)

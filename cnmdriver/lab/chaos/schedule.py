@@ -62,7 +62,7 @@ class Kind:
 
 
 ON_HOSTS = (
-    Kind(what="kill pynet", weight=8, lasts=(0.0, 2.0), mends=1.5, kills=1),
+    Kind(what="kill pynet", weight=12, lasts=(0.0, 2.0), mends=1.5, kills=1),
     Kind(what="restart pynet", weight=3, lasts=(0.0, 1.0), mends=1.5),
     Kind(what="pause pynet", weight=3, lasts=(0.2, 4.0)),
     Kind(what="pause pynet past its lease", weight=1, lasts=LEASE),
@@ -90,7 +90,7 @@ ON_CABLES = (
 KILLS = {(kind.what, kind.machines): kind.kills for kind in (*ON_HOSTS, *ON_MEMBERS)}
 PAUSES = {ETCD: (2.0, 12.0), CABLES: (2.0, 12.0)}
 """Least and most seconds between two faults of a lane."""
-BETWEEN = (0.5, 6.0)
+BETWEEN = (1.0, 7.0)
 
 
 def kills(fault: Fault) -> int:

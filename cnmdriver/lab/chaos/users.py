@@ -55,7 +55,12 @@ class Command:
 
 
 def created(
-    name: str, net: Net, address: str, port: int | None, *, always: bool
+    name: str,
+    net: Net,
+    address: str = "",
+    port: int | None = None,
+    *,
+    always: bool = False,
 ) -> Command:
     """Return the command that makes a container; a port of 0 is Docker's choice."""
     words = ["docker create --name", name, "--network", net.name]
@@ -138,6 +143,11 @@ class User:
     containers: dict[str, Known] = field(default_factory=dict)
     unsure: set[str] = field(default_factory=set)
 
+    @property
+    def name(self) -> str:
+        """The name of the container that was made last."""
+        return f"{self.host.name}-u{self.number}-c{self.count}"
+
     def work(self) -> None:
         """Go on until told to stop."""
         name = f"{self.ground.notes.seed} {self.host.name} {self.number}"
@@ -146,6 +156,31 @@ class User:
             if self.catch_up():
                 self.turn(rng)
             self.stop.wait(rng.uniform(*REST))
+        self.settle()
+
+    def settle(self) -> None:
+        """Start what does not run, and one container on each network, in peace."""
+        if self.ground.ended.is_set():
+            return
+        if not self.catch_up():
+            self.ground.notes.find(
+                WRONG, f"dockerd on {self.host.name} does not answer"
+            )
+        for name in sorted(self.containers):
+            if not self.containers[name].running:
+                self.begin(name)
+        for net in self.nets:
+            self.count += 1
+            name = self.name
+            self.containers[name] = Known()
+            if self.do(created(name, net), name):
+                self.begin(name)
+
+    def begin(self, name: str) -> None:
+        """Start a container, when nothing stands in the way but what others have."""
+        self.ground.history.end(name)
+        if self.do(changed("start", name), name):
+            self.ground.notes.count("commands", "started in the end")
 
     def turn(self, rng: random.Random) -> None:
         """Do one thing."""
@@ -158,7 +193,7 @@ class User:
     def run(self, rng: random.Random) -> None:
         """Make a container and start it, as `docker run` does."""
         self.count += 1
-        name = f"{self.host.name}-u{self.number}-c{self.count}"
+        name = self.name
         net = rng.choice(self.nets)
         command = created(
             name,
@@ -197,6 +232,7 @@ class User:
 
     def do(self, command: Command, name: str, network: str = "") -> bool:
         """Give a command, note how it ended and look at the container after it."""
+        peace = self.stop.is_set()
         answer = self.give(command)
         if answer.done:
             self.ground.history.trust(name, network)
@@ -206,6 +242,7 @@ class User:
                 f"{self.ground.history.now():.1f} s, on {self.host.name}: "
                 f"{command.words}",
                 answer.text,
+                peace=peace,
             )
         self.look(name)
         return answer.done
