@@ -177,6 +177,7 @@ class Daemon:
             "store": self.settings.store_url,
             "docker": "connected" if self.sync.inventory is not None else docker,
             "hidden": self.session is not None and self.session.hidden,
+            "repairs": dict(self.sync.repairs),
             "orphans": list(self.sync.orphans),
             "conflicts": list(self.authority.conflicts.values())
             if self.authority
@@ -240,6 +241,7 @@ class Daemon:
             works = [
                 self.sync.run(),
                 self.sync.listen(self.driver),
+                self.sync.watch(),
                 self.remotes.run(),
             ]
             if self.hosts is not None:

@@ -103,6 +103,11 @@ class FakeKernel:
             address=ip_address(wish or "192.0.2.1"), device="eth0", mtu=1500
         )
 
+    async def watch(self, heard: Callable[[], None]) -> None:
+        """Have no news."""
+        del heard
+        await asyncio.Event().wait()
+
     def route(self, cidr: str, device: str) -> None:
         """Give the host a route."""
         self.route_list = (*self.route_list, (ip_network(cidr), device))

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
+import structlog
+
 from cnmdriver.dataplane import sandbox
 from cnmdriver.dataplane.accept import Accepts
 from cnmdriver.dataplane.addresses import Addresses
@@ -24,9 +26,10 @@ from cnmdriver.dataplane.entries import Entries, Reading
 from cnmdriver.dataplane.handler import Handler, Step, Undo, nothing, settled
 from cnmdriver.dataplane.holds import Holds
 from cnmdriver.dataplane.links import MARK, Links
+from cnmdriver.dataplane.monitor import Ear
 from cnmdriver.dataplane.namespaces import Namespaces
 from cnmdriver.dataplane.nft import Firewall
-from cnmdriver.dataplane.place import Place, Places
+from cnmdriver.dataplane.place import Place, Places, identity
 from cnmdriver.dataplane.routes import Routes
 from cnmdriver.dataplane.sockets import Sockets
 from cnmdriver.dataplane.sysctl import Memory, Sysctls
@@ -34,6 +37,7 @@ from cnmdriver.dataplane.underlay import underlay
 from cnmdriver.errors import DriverError, KernelError
 from cnmdriver.model import IPAddress, IPNetwork, Underlay
 from cnmdriver.plan.ops import (
+    GROUP,
     HOST,
     Accept,
     Address,
@@ -55,6 +59,8 @@ from cnmdriver.plan.ops import (
     union,
 )
 
+log = structlog.get_logger()
+
 HANDLERS: Mapping[type[Op], type[Handler]] = {
     Namespace: Namespaces,
     Table: Firewall,
@@ -74,6 +80,8 @@ HANDLERS: Mapping[type[Op], type[Handler]] = {
 """Who makes which operations hold, in the order in which one stands on another."""
 
 ORDER = tuple(HANDLERS)
+EARS = 0.5
+"""Seconds between two looks whether pynet's namespace is another one."""
 BREATH = 1_000
 """After so many operations others get their turn."""
 
@@ -238,6 +246,51 @@ class Kernel:
             crews = await settled(self._in_sight())
             every = [await settled(crew.links.foreign_vnis()) for crew in crews]
         return frozenset().union(*every)
+
+    async def watch(self, heard: Callable[[], None]) -> None:
+        """
+        Call back whenever something of ours may have been changed, until cancelled.
+
+        Our own changes are announced too; which object it is, is not told.
+        """
+        ears: dict[str, Ear] = {}
+        try:
+            while True:
+                for where in (HOST, self._namespace):
+                    await self._keep_ear(ears, where, heard)
+                await asyncio.sleep(EARS)
+        finally:
+            for ear in ears.values():
+                ear.close()
+
+    async def _keep_ear(
+        self, ears: dict[str, Ear], where: str, heard: Callable[[], None]
+    ) -> None:
+        """Listen in a namespace as long as it is the one of that name."""
+        now = None if where == HOST else identity(where)
+        ear = ears.get(where)
+        if ear is not None and ear.identity == now:
+            return
+        if ear is not None:
+            ears.pop(where).close()
+            heard()
+        if where != HOST and now is None:
+            return
+        async with self._lock:
+            place = self._host if where == HOST else await self._places.get(where)
+            if place is None:
+                return
+            ear = Ear(where, now)
+            try:
+                await ear.open(place.inside)
+                ear.indexes = {link.index for link in await place.netlink.links(GROUP)}
+            except (OSError, KernelError) as error:
+                log.warning("kernel.no_news", where=where, error=str(error))
+                return
+        ears[where] = ear
+        ear.listen(heard)
+        # What happened before was not heard.
+        heard()
 
     def has_sandbox(self, key: str) -> bool:
         """Tell whether a sandbox is still there, as far as this process can see."""

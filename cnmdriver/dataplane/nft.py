@@ -29,7 +29,8 @@ LIBRARY = "libnftables.so.1"
 JSON = 1 << 4
 NAME = "pynet"
 """What a table of ours is called, in whichever family."""
-MARK = re.compile(r"text_[0-9a-f]+")
+TERSE = 1 << 11
+MARK = re.compile(r"text_[0-9a-f]+_(\d+)_(\d+)")
 SETS = re.compile(r"^\s*(?:set|map)\s+(\w+)\s*{", re.MULTILINE)
 PRINTED = re.compile(r"elements = { (.*) }$", re.MULTILINE)
 WORD = re.compile(r"""[\w.:/-]+|"[^\s"{};\\]{1,15}\"""")
@@ -193,12 +194,26 @@ class Firewall:
         }
 
     async def _mark(self, table: Table) -> str | None:
-        """Return the mark of the table's text, None if there is no such table."""
-        chains = await self._nft.chains(table.family)
-        names = {chain for place, chain in chains if place == table.name}
-        if not names:
+        """
+        Return the mark of the table's text, None if there is no such table.
+
+        It is another one if chains or rules are missing or too many.
+        """
+        what = f"list table {table.family} {table.name}"
+        try:
+            # Without the elements, of which there may be many.
+            flags = JSON | TERSE
+            text = await self._nft.run("reading the firewall", what, flags=flags)
+        except Refused:
             return None
-        return next((name for name in sorted(names) if MARK.fullmatch(name)), "")
+        items = json.loads(text)["nftables"]
+        names = [item["chain"]["name"] for item in items if "chain" in item]
+        rules = sum("rule" in item for item in items)
+        mark = next(filter(None, map(MARK.fullmatch, sorted(names))), None)
+        if mark is None:
+            return ""
+        whole = (len(names) - 1, rules) == tuple(map(int, mark.groups()))
+        return mark[0] if whole else f"{mark[0]} with {rules} rules"
 
     async def _add_table(self, table: Table, change: "_Change") -> None:
         """Have the text loaded, if it is not there, with the elements that stay."""

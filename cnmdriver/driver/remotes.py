@@ -2,10 +2,10 @@
 Remotes: what this host's kernel knows of the other hosts' endpoints.
 
 Each record of another host calls for a few forwarding entries here, and each host for
-an element that lets its tunnels in, alive or not. What was written is
-remembered by record, so that a change of one record costs the same however many there
-are. Order is the store's: entries follow from the view as it is now, whichever way the
-news came. A host that has nothing on a network carries none of its entries.
+an element that lets its tunnels in, alive or not. What was written is remembered by
+record, so that a change of one record costs the same however many there are. Order is
+the store's: entries follow from the view as it is now, whichever way the news came. A
+host that has nothing on a network carries none of its entries.
 """
 
 import asyncio

@@ -71,6 +71,13 @@ class Dataplane(Protocol):
     async def vnis(self) -> frozenset[int]:
         """Return the VXLAN network identifiers that devices of others have here."""
 
+    async def watch(self, heard: Callable[[], None]) -> None:
+        """
+        Call back whenever something of ours may have been changed, until cancelled.
+
+        Our own changes are announced too; which object it is, is not told.
+        """
+
     def has_sandbox(self, key: str) -> bool:
         """Tell whether a sandbox is still there."""
 

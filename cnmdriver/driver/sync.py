@@ -13,6 +13,7 @@ records say: it and what it stands on are reported, not removed.
 import asyncio
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -33,6 +34,10 @@ from cnmdriver.store.view import Draft
 
 SETTLE = 0.2
 """Seconds to wait for more of Docker's events, or for its calls to end."""
+SHARE = 0.2
+"""Of its time that the loop looks at changes that the kernel announces, at most."""
+SOON = 0.3
+"""Seconds, at least, between two comparisons for the kernel's sake."""
 PAUSE = 2.0
 """Seconds before Docker is tried again when it did not answer."""
 
@@ -80,14 +85,33 @@ class Sync:
         self.inventory: Inventory | None = None
         self.orphans: tuple[str, ...] = ()
         self.problems: tuple[str, ...] = ()
+        self.repairs: Counter[str] = Counter()
+        """How often something of a kind was put right; not what is made at start."""
+        self.ended = 0.0
+        self.took = 0.0
+        """When the last comparison ended, and how long a look took, in seconds."""
+        self.planned: asyncio.TimerHandle | None = None
 
     def wake(self) -> None:
         """Ask for a comparison soon."""
         self.dirty.set()
 
+    def hear(self) -> None:
+        """Hear that the kernel was changed; ask for a comparison in its turn."""
+        if self.planned is None:
+            loop = asyncio.get_running_loop()
+            due = self.ended + max(SOON, self.took / SHARE)
+            self.planned = loop.call_at(max(due, loop.time() + SETTLE), self.look_now)
+
+    def look_now(self) -> None:
+        """Compare what the kernel announced."""
+        self.planned = None
+        self.wake()
+
     async def run(self) -> None:
         """Compare whenever woken, and at every audit, until cancelled."""
         self.settle = SETTLE
+        loop = asyncio.get_running_loop()
         while True:
             try:
                 async with asyncio.timeout(self.audit):
@@ -96,9 +120,17 @@ class Sync:
                 pass
             self.dirty.clear()
             await self.turn()
+            self.ended = loop.time()
+
+    async def watch(self) -> None:
+        """Hear what happens to the kernel, until cancelled."""
+        await self.site.dataplane.watch(self.hear)
 
     async def turn(self) -> None:
         """Do everything once; what fails is logged and done at the next turn."""
+        if not self.site.state.informed:
+            # Of a store that was never reached nothing follows.
+            return
         try:
             await self.forget_removed()
             await self.forget_unused()
@@ -128,10 +160,13 @@ class Sync:
 
     async def look(self) -> ops.Difference:
         """Compare the kernel with the plans."""
+        begin = time.monotonic()
         found = await self.site.dataplane.found(self.site.desired())
         # Asked for only now: a record is written before the kernel hears of it, so
         # whatever was found has its record by this time, or is to go.
-        return ops.compare(self.site.desired(), found)
+        difference = ops.compare(self.site.desired(), found)
+        self.took = time.monotonic() - begin
+        return difference
 
     def still_wanted(self, plan: Plan) -> Plan:
         """Return what is in a plan by now, as it is wanted now."""
@@ -162,6 +197,8 @@ class Sync:
         amiss |= {op.key for op, _ in difference.changed}
         for line in difference.lines(surplus=False):
             log.info("sync.repair", what=line)
+        if self.settle:
+            self.repairs.update(key[0] for key in amiss)
         problems = []
         for plan in list(self.plans()) if amiss else ():
             part = affected(plan, amiss)

@@ -145,10 +145,31 @@ def table() -> Table:
 
 
 def marked(family: str, content: str, *, where: str = HOST) -> Table:
-    """Make a table of a text that lacks its last brace; its mark changes with that."""
-    mark = "text_" + hashlib.sha256(content.encode()).hexdigest()[:8]
+    """
+    Make a table of a text that lacks its last brace.
+
+    Its mark changes with the text, and tells how many chains and rules there are, so
+    that one that lacks can be missed.
+    """
+    digest = hashlib.sha256(content.encode()).hexdigest()[:8]
+    mark = f"text_{digest}_{'_'.join(map(str, counted(content)))}"
     text = f"{content}\tchain {mark} {{\n\t}}\n}}\n"
     return Table(where=where, family=family, name="pynet", mark=mark, text=text)
+
+
+def counted(content: str) -> tuple[int, int]:
+    """Count the chains and the rules of a table's text; a rule is a line."""
+    chains = rules = 0
+    inside = False
+    for line in map(str.strip, content.splitlines()):
+        if line.startswith("chain "):
+            chains += 1
+            inside = True
+        elif line == "}":
+            inside = False
+        elif inside and line and not line.startswith(("type ", "#")):
+            rules += 1
+    return chains, rules
 
 
 def network(network: Network, bridge: str) -> Plan:

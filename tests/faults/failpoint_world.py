@@ -27,9 +27,9 @@ from cnmdriver.cli.client import Client, UnixConnection
 from cnmdriver.errors import DriverError
 from cnmdriver.lab.host import PLUGIN_SOCKET, Host
 from cnmdriver.lab.machine import wait_until
-from cnmdriver.model import IPInterface, IPNetwork, PortRequest
+from cnmdriver.model import IPInterface, IPNetwork, PortRequest, Subnet
 from cnmdriver.plan.ops import GROUP
-from tests.unit.calls import Docker
+from tests.unit.calls import Box, Docker, Net, families
 
 ADMIN = "/run/pynet/admin.sock"
 DOCKER = "/run/played-docker.sock"
@@ -240,6 +240,31 @@ class Asked(BaseHTTPRequestHandler):
 # Docker's calls.
 
 
+class Played(Docker):
+    """A Docker that gives out the addresses of networks without a pool of pynet's."""
+
+    def __init__(self, world: "World") -> None:
+        """Make its calls in a world."""
+        super().__init__(world)  # type: ignore[arg-type]
+        self.given = 1
+
+    async def create_box(
+        self, box_id: str, name: str, *, ip: str | None = None, mac: str = ""
+    ) -> Box:
+        net = self.nets[name]
+        if net.pools:
+            return await super().create_box(box_id, name, ip=ip, mac=mac)
+        self.given = self.given % 250 + 1
+        pool = net.subnets[0].pool
+        face = ip_interface((pool.network_address + self.given, pool.prefixlen))
+        box = Box(box_id, net, addresses=[face])
+        await self.rig.networks.create_endpoint(
+            name, box_id, **families(box.addresses), mac=mac
+        )
+        self.boxes[box_id] = box
+        return box
+
+
 class World:
     """A host with its daemon, and Docker's side of it; `close` ends the daemon."""
 
@@ -249,7 +274,7 @@ class World:
         self.stack = ExitStack()
         self.networks = Networks(self)
         self.ipam = Ipam(self)
-        self.docker = Docker(self)  # type: ignore[arg-type]
+        self.docker = Played(self)
         lists = Lists(str(host.socket(DOCKER)), self.docker)
         self.lists = lists
         self.stack.callback(lists.close)
@@ -291,6 +316,18 @@ class World:
         name = secrets.token_hex(32)
         await self.docker.create(name, *pools, **options)
         self.network = name
+
+    async def create_plainly(self, cidr: str) -> None:
+        """Create a network whose addresses are Docker's own business."""
+        net = Net(secrets.token_hex(32))
+        pool = ip_network(cidr)
+        gateway = pool.network_address + 1
+        net.subnets.append(Subnet(space="LocalDefault", pool=pool, gateway=gateway))
+        await self.networks.create(
+            net.id, subnets=net.subnets, options={}, internal=False
+        )
+        self.docker.nets[net.id] = net
+        self.network = net.id
 
     async def start(self, **options: Any) -> None:
         """Start a container on the network, with a new id each time too."""

@@ -13,7 +13,7 @@ import pytest
 
 from cnmdriver.errors import DriverError
 from cnmdriver.lab.lab import Lab
-from tests.faults.failpoint_world import World
+from tests.faults.failpoint_world import World, differing
 from tests.unit.calls import UDP, port
 
 TOGETHER = ({"table", "element"}, {"fdb", "neighbour"})
@@ -104,6 +104,17 @@ async def start_anywhere(world: World) -> None:
     await world.start(ports=(port(80, 8081),))
 
 
+async def one_is_there_plainly(world: World) -> None:
+    """Have a network whose addresses Docker gives out, with a container."""
+    await world.create_plainly("10.61.0.0/24")
+    await start_plainly(world)
+
+
+async def start_plainly(world: World) -> None:
+    """Start a container at an address that Docker has chosen."""
+    await world.start(ports=(port(80),))
+
+
 async def stop(world: World) -> None:
     """Stop the latest container."""
     await world.docker.stop(list(world.docker.boxes)[-1])
@@ -118,6 +129,9 @@ async def all_goes(world: World) -> None:
 STORIES = {
     "network": Story(before=nothing, do=create, undo=remove, after=nothing),
     "container": Story(before=one_is_there, do=start, undo=stop, after=all_goes),
+    "plain-container": Story(
+        before=one_is_there_plainly, do=start_plainly, undo=stop, after=all_goes
+    ),
     "overlay": Story(
         before=nothing, do=create_overlay, undo=remove, after=nothing, shared=True
     ),
@@ -193,8 +207,13 @@ async def play(world: World, story: Story, step: Step, action: str) -> None:
     done = await world.succeeds(story.do)
     if not step.removing:
         check_hit(world, step, action)
+    if not done and alone and not step.call.startswith("Request"):
+        # What an address or a pool was taken for Docker does not learn: they lapse.
+        found = world.look()
+        assert found == world.before, differing(world.before, found)
     if not done and not await world.succeeds(story.do):
         # What Docker forgot in the midst of its creation has its pools for that long.
+        assert action == "kill"
         assert "is in use on this host by network" in world.refusals[-1]
         world.settles(world.before, alone=alone)
         world.daemon.restart()

@@ -226,7 +226,7 @@ async def test_an_older_text_is_replaced(kernel):
     elements = (*firewall.network(net, "pn-0123456789"), ANY)
     await kernel.apply((old, *elements))
     found = await kernel.found()
-    assert found[0].mark == "text_00000000"
+    assert found[0].mark == "text_00000000_0_0"
     assert compare((TABLE, *elements), found).changed == ((TABLE, found[0]),)
     moved = replace(ANY, value=("10.200.1.3", "81"))
     await kernel.apply((TABLE, moved))
@@ -242,8 +242,8 @@ async def test_both_tables_are_replaced(kernel):
     elements = tuple({e.key: e for e in elements}.values())
     old = replace(
         BRIDGES,
-        mark="text_00000000",
-        text=BRIDGES.text.replace(BRIDGES.mark, "text_00000000"),
+        mark="text_00000000_0_0",
+        text=BRIDGES.text.replace(BRIDGES.mark, "text_00000000_0_0"),
     )
     await kernel.apply((old_table(), old, *elements))
     await kernel.apply((TABLE, BRIDGES, ANY))
@@ -265,9 +265,9 @@ async def test_a_replaced_text_comes_back(kernel):
 
 def old_table() -> Table:
     """Return the table of an imagined older version, which had a set more."""
-    text = TABLE.text.replace(TABLE.mark, "text_00000000")
+    text = TABLE.text.replace(TABLE.mark, "text_00000000_0_0")
     text = text.replace("\tchain guard {", "\tset more { type mark; }\n\tchain gone {")
-    return replace(TABLE, mark="text_00000000", text=text)
+    return replace(TABLE, mark="text_00000000_0_0", text=text)
 
 
 async def test_refused_elements_name_the_reason(kernel):

@@ -17,7 +17,13 @@ from cnmdriver.lab.chaos.notes import (
     Notes,
     refusal,
 )
-from cnmdriver.lab.chaos.oracle import amiss, check_history, check_left, state
+from cnmdriver.lab.chaos.oracle import (
+    amiss,
+    check_history,
+    check_left,
+    check_logs,
+    state,
+)
 from cnmdriver.lab.chaos.schedule import CALM, Fault, kills, schedule
 from cnmdriver.lab.lab import Lab
 from tests.lab.tools import cli, leftovers
@@ -241,6 +247,13 @@ def test_the_oracle_sees_what_is_left(make_lab: Callable[..., Lab]) -> None:
         history.begin("h1", name, [("blue", "10.1.0.2")], history.life("h1"))
     check_history(lab, history, notes)
     assert len(notes.findings[DUPLICATES]) == 1
+
+    check_logs(lab, notes)
+    assert notes.findings[WRONG] == []
+    with (host.directory / "pynet.log").open("a", encoding="utf-8") as log:
+        log.write("Traceback (most recent call last):\n  File …\nKeyError: 3\n")
+    check_logs(lab, notes)
+    assert "KeyError: 3" in notes.findings[WRONG][0]
 
 
 @pytest.mark.root

@@ -3,7 +3,7 @@
 import re
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,6 +61,7 @@ class Notes:
     findings: dict[str, list[str]] = field(
         default_factory=lambda: {name: [] for name in FINDINGS}
     )
+    say: Callable[[str], None] = print
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def count(self, table: str, what: str, by: int = 1) -> None:
@@ -73,6 +74,7 @@ class Notes:
         """Note something that must not be."""
         with self.lock:
             self.findings[kind].append(text)
+            self.say(f"{kind}: {text}")
 
     def refuse(self, command: str, text: str, *, peace: bool = False) -> None:
         """

@@ -21,6 +21,8 @@ PREFIX = "/pynet/v1/"
 CALM_LIMIT = 90.0
 CLEAN_LIMIT = 30.0
 PINGS_AT_ONCE = 6
+TRACE = "Traceback (most recent call last)"
+TRACE_LINES = 40
 TELLING = 12
 """Log lines shown about a finding."""
 
@@ -81,6 +83,20 @@ def told(lab: Lab, hosts: Iterable[str], words: set[str]) -> str:
         found = [line for line in text if any(word in line for word in words)]
         lines += [f"  {name}: {line}" for line in found[-TELLING:]]
     return "\n".join(lines)
+
+
+def check_logs(lab: Lab, notes: Notes) -> None:
+    """Note each daemon of ours that has logged a trace: nobody foresaw that."""
+    for host in lab.hosts:
+        lines = host.log("pynet").splitlines()
+        found = [n for n, line in enumerate(lines) if line.startswith(TRACE)]
+        if found:
+            shown = "\n".join(lines[max(0, found[0] - 2) : found[0] + TRACE_LINES])
+            notes.find(
+                WRONG,
+                f"pynet on {host.name} has logged {len(found)} traces; the first is\n"
+                f"{shown}",
+            )
 
 
 def check_reach(lab: Lab, nets: Sequence[Net], history: History, notes: Notes) -> None:

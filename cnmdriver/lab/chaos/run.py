@@ -87,7 +87,7 @@ def play(lab: Lab, plan: Plan, say: Say) -> Notes:
     nets = networks(lab)
     before = oracle.state(lab)
     make(lab, nets)
-    notes = Notes(seed=plan.seed)
+    notes = Notes(seed=plan.seed, say=say)
     history = History()
     ground = Ground(lab, history, notes)
     try:
@@ -111,6 +111,7 @@ def judge(ground: Ground, nets: Sequence[Net], say: Say) -> None:
     oracle.check_reach(lab, nets, ground.history, notes)
     say("removing all")
     oracle.clear(lab, nets, notes)
+    oracle.check_logs(lab, notes)
 
 
 def networks(lab: Lab) -> tuple[Net, ...]:
