@@ -41,6 +41,8 @@ def summary(found: Any) -> Iterator[str]:
         "docker": found["docker"],
         "holds": ", ".join(f"{name} {found[name]}" for name in counts),
     }
+    if found.get("repairs"):
+        lines["repaired"] = ", ".join(f"{k} {n}" for k, n in found["repairs"].items())
     yield from (table.clean(f"{name:<8}{text}") for name, text in lines.items())
     if found["attention"]:
         yield from ("", "Attention:")

@@ -34,8 +34,8 @@ def mount(name: str, descriptor: int) -> None:
     path = NAMES / name
     source = f"/proc/self/fd/{descriptor}".encode()
     try:
-        NAMES.mkdir(mode=0o755, parents=True, exist_ok=True)
         _refuse_private(what)
+        NAMES.mkdir(mode=0o755, parents=True, exist_ok=True)
         _share()
         path.touch(mode=0o444)
         try:
@@ -57,6 +57,15 @@ def unmount(name: str) -> None:
     except OSError as error:
         what = f"removing the name of network namespace {name}"
         raise refusal(what, error.errno or 0, error.strerror or "") from error
+
+
+def stays_here() -> bool:
+    """Tell whether the host would not see what this process mounts on a name."""
+    try:
+        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return False
+    return _is_apart() and _is_slave([line.split() for line in lines])
 
 
 def has_processes(identity: tuple[int, int]) -> bool:
@@ -87,15 +96,12 @@ def _share() -> None:
 
 def _refuse_private(what: str) -> None:
     """Refuse to mount where the host would not see it: it would not outlive us."""
-    try:
-        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return
-    if _is_apart() and _is_slave([line.split() for line in lines]):
+    if stays_here():
         raise KernelError(
             f"{what} failed: the host does not see what this daemon mounts on {NAMES}, "
             "as it has a mount namespace of its own; let it share that directory "
-            "(as a container: bind it with propagation shared)"
+            "(as a container: bind it with propagation shared), or make the namespace "
+            "with ip netns add (as a service: restart pynet.service)"
         )
 
 

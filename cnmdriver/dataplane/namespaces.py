@@ -15,6 +15,7 @@ from cnmdriver.dataplane.links import MARK
 from cnmdriver.dataplane.place import Place, Places, identity
 from cnmdriver.errors import Conflict, KernelError
 from cnmdriver.plan.ops import Namespace, Plan
+from cnmdriver.privileges import NO_ENTRY
 
 LOOPBACK = "lo"
 BY_ITSELF = {
@@ -38,6 +39,8 @@ class Namespaces:
     async def apply(self, ops: Plan, undo: Undo) -> None:
         """Make each namespace, or take one that is empty."""
         for op in only(ops, Namespace):
+            if not self._places.may_enter:
+                raise KernelError(NO_ENTRY)
             place = await self._places.get(op.name)
             if place is None:
                 undo.append(partial(self._remove, op.name))
@@ -116,6 +119,12 @@ class Namespaces:
         place = await self._places.get(name)
         if place is None or not await self.is_ours(place):
             return
-        if not await self._others(place):
+        if await self._others(place):
+            return
+        if mounts.stays_here():
+            # The host gave it, and could not be given another.
+            await self._mark_as(place, "")
             await self._places.close(name)
-            mounts.unmount(name)
+            return
+        await self._places.close(name)
+        mounts.unmount(name)

@@ -15,6 +15,7 @@ from cnmdriver.dataplane.inside import Inside
 from cnmdriver.dataplane.netlink import Netlink
 from cnmdriver.dataplane.nft import Nft
 from cnmdriver.plan.ops import HOST
+from cnmdriver.privileges import may_enter
 
 NAMES = Path("/run/netns")
 """Where `ip netns` has its names, each a mount of the namespace."""
@@ -64,6 +65,7 @@ class Places:
         """Take what is told of each place that is opened."""
         self._opened = opened
         self._open: dict[str, Place] = {}
+        self.may_enter = may_enter()
 
     async def get(self, name: str) -> Place | None:
         """Return the place of that name as it is now, None if there is none."""
@@ -72,7 +74,7 @@ class Places:
         if place is not None and there is not None and place.is_at(there):
             return place
         await self.close(name)
-        if there is None:
+        if there is None or not self.may_enter:
             return None
         try:
             descriptor = os.open(NAMES / name, os.O_RDONLY | os.O_CLOEXEC)

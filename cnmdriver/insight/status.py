@@ -1,6 +1,7 @@
 """Is it well: the daemon, its store, Docker's door, and what needs attention."""
 
 import re
+import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 
 from cnmdriver.driver.site import Site
@@ -9,6 +10,7 @@ from cnmdriver.insight import kernel
 from cnmdriver.insight.report import Json, ports, text
 from cnmdriver.model import Reservation
 from cnmdriver.plan.ops import Difference
+from cnmdriver.privileges import lacking
 
 SECRET = re.compile(r"(?<=://)[^/@]*@")
 """User and password in the address of a store."""
@@ -48,6 +50,7 @@ async def status(site: Site, info: Mapping[str, object]) -> Json:
             "away": site.state.away,
         },
         "docker": info.get("docker"),
+        "repairs": info.get("repairs", {}),
         "networks": len(members),
         "endpoints": sum(len(site.endpoints(m.network)) for m in members),
         "ports": len(ports(site)),
@@ -57,13 +60,8 @@ async def status(site: Site, info: Mapping[str, object]) -> Json:
 
 async def remarks(site: Site, info: Mapping[str, object]) -> AsyncIterator[str]:
     """Yield a sentence for everything a person should look at."""
-    if site.state.away is not None:
-        yield f"the store is away: {SECRET.sub('', site.state.away)}"
-    if info.get("hidden"):
-        yield (
-            "this host has no lease in the store: the others do not see its containers "
-            "until it has one again"
-        )
+    for sentence in (*reached(site, info), *lacking()):
+        yield sentence
     async for sentence in outbox(site):
         yield sentence
     for sentence in stored(site, info):
@@ -74,6 +72,19 @@ async def remarks(site: Site, info: Mapping[str, object]) -> AsyncIterator[str]:
         yield f"the last audit could not mend the kernel: {problem}"
     async for sentence in differences(site):
         yield sentence
+
+
+def reached(site: Site, info: Mapping[str, object]) -> Iterator[str]:
+    """Say whether the store, and through it the others, are out of reach."""
+    if site.state.away is not None:
+        since = time.strftime("%H:%M:%S UTC", time.gmtime(site.state.since))
+        why = SECRET.sub("", site.state.away)
+        yield f"the store has been away since {since}: {why}"
+    if info.get("hidden"):
+        yield (
+            "this host has no lease in the store: the others do not see its containers "
+            "until it has one again"
+        )
 
 
 def stored(site: Site, info: Mapping[str, object]) -> Iterator[str]:

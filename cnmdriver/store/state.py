@@ -374,6 +374,9 @@ class State:
             await asyncio.shield(writing)
         except asyncio.CancelledError:
             await asyncio.wait({writing})
+            if not writing.cancelled():
+                # Nobody else will ask how it ended.
+                writing.exception()
             raise
         await self.step("commit.after")
 

@@ -237,18 +237,16 @@ def check_hit(world: World, step: Step, action: str) -> None:
 
 
 def check_whole(world: World) -> None:
-    """Fail unless all that Docker has is there once, and the kernel is as planned."""
-    boxes = list(world.docker.boxes.values())
-    given = [str(address) for box in boxes for address in box.addresses]
-    assert len(set(given)) == len(given)
+    """Fail unless all that Docker has is there, no address twice, and the kernel so."""
     assert world.admin.get("diff")["lines"] == []
     found = world.look()
-    assert {e["id"]: e["addresses"] for e in found["endpoints"]} == {
-        box.id: [str(a) for a in box.addresses] for box in boxes
-    }
-    assert {n["id"] for n in found["networks"]} == set(world.docker.nets)
-    for one in found["endpoints"]:
-        assert one["joined"]
+    assert {n["id"] for n in found["networks"]} >= set(world.docker.nets)
+    given = [address for e in found["endpoints"] for address in e["addresses"]]
+    assert len(set(given)) == len(given)
+    # What Docker forgot, and could tell by no call, is there for the grace time.
+    endpoints = {e["id"]: e["addresses"] for e in found["endpoints"] if e["joined"]}
+    for box in world.docker.boxes.values():
+        assert endpoints[box.id] == [str(address) for address in box.addresses]
 
 
 @pytest.mark.parametrize("action", ["kill", "error"])

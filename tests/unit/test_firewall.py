@@ -41,8 +41,9 @@ def test_table():
     table = firewall.table()
     digest = hashlib.sha256(firewall.TEXT.encode()).hexdigest()[:8]
     assert (table.family, table.name) == ("inet", "pynet")
-    assert table.mark == f"text_{digest}"
-    assert table.text == f"{firewall.TEXT}\tchain text_{digest} {{\n\t}}\n}}\n"
+    mark = f"text_{digest}_11_39"
+    assert table.mark == mark
+    assert table.text == f"{firewall.TEXT}\tchain {mark} {{\n\t}}\n}}\n"
     assert table.text.count("{") == table.text.count("}")
 
 
@@ -220,8 +221,8 @@ def test_marked():
         where="blue",
         family="bridge",
         name="pynet",
-        mark=f"text_{digest}",
-        text=f"table bridge pynet {{\n\tchain text_{digest} {{\n\t}}\n}}\n",
+        mark=f"text_{digest}_0_0",
+        text=f"table bridge pynet {{\n\tchain text_{digest}_0_0 {{\n\t}}\n}}\n",
     )
 
 

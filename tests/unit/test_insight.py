@@ -282,9 +282,9 @@ async def test_status_keeps_secrets(empty):
     empty.state.away = f"{url} does not answer"
     found = await status(empty.site, {**INFO, "store": url})
     assert found["store"]["url"] == "etcd://h1:2379,h2:2379"
-    assert found["attention"] == [
-        "the store is away: etcd://h1:2379,h2:2379 does not answer"
-    ]
+    (told,) = found["attention"]
+    assert told.startswith("the store has been away since ")
+    assert told.endswith(" UTC: etcd://h1:2379,h2:2379 does not answer")
     assert "secret" not in found["attention"][0]
 
 

@@ -91,7 +91,8 @@ def check_logs(lab: Lab, notes: Notes) -> None:
         lines = host.log("pynet").splitlines()
         found = [n for n, line in enumerate(lines) if line.startswith(TRACE)]
         if found:
-            shown = "\n".join(lines[max(0, found[0] - 2) : found[0] + TRACE_LINES])
+            block = lines[max(0, found[0] - 2) : found[0] + TRACE_LINES]
+            shown = "\n".join(line for line in block if not line.startswith("{"))
             notes.find(
                 WRONG,
                 f"pynet on {host.name} has logged {len(found)} traces; the first is\n"
