@@ -41,6 +41,7 @@ class FakeKernel:
         self.foreign_vnis: frozenset[int] = frozenset()
         self.applied = 0
         self.dead: set[str] = set()
+        self.reattached: list[str] = []
 
     async def apply(
         self, plan: Plan, still: Callable[[Plan], Plan] = lambda plan: plan
@@ -102,6 +103,11 @@ class FakeKernel:
         return Underlay(
             address=ip_address(wish or "192.0.2.1"), device="eth0", mtu=1500
         )
+
+    async def reattach(self, sandbox: str, *_: object) -> str:
+        """Note which sandbox got a device."""
+        self.reattached.append(sandbox)
+        return "eth0"
 
     async def watch(self, heard: Callable[[], None]) -> None:
         """Have no news."""

@@ -30,12 +30,13 @@ from cnmdriver.dataplane.monitor import Ear
 from cnmdriver.dataplane.namespaces import Namespaces
 from cnmdriver.dataplane.nft import Firewall
 from cnmdriver.dataplane.place import Place, Places, identity
+from cnmdriver.dataplane.reattach import reattach
 from cnmdriver.dataplane.routes import Routes
 from cnmdriver.dataplane.sockets import Sockets
 from cnmdriver.dataplane.sysctl import Memory, Sysctls
 from cnmdriver.dataplane.underlay import underlay
 from cnmdriver.errors import DriverError, KernelError
-from cnmdriver.model import IPAddress, IPNetwork, Underlay
+from cnmdriver.model import Attachment, IPAddress, IPInterface, IPNetwork, Underlay
 from cnmdriver.plan.ops import (
     GROUP,
     HOST,
@@ -246,6 +247,18 @@ class Kernel:
             crews = await settled(self._in_sight())
             every = [await settled(crew.links.foreign_vnis()) for crew in crews]
         return frozenset().union(*every)
+
+    async def reattach(
+        self,
+        sandbox: str,
+        attachment: Attachment,
+        addresses: tuple[IPInterface, ...],
+    ) -> str:
+        """Give a sandbox the device it has lost; return the name it has there."""
+        async with self._lock:
+            return await settled(
+                reattach(self._host.netlink, sandbox, attachment, addresses)
+            )
 
     async def watch(self, heard: Callable[[], None]) -> None:
         """

@@ -273,6 +273,17 @@ class Netlink:
             raise _refusal(what, error) from error
         return True
 
+    async def add_default(self, link: Link, gateway: IPAddress) -> None:
+        """Send what has no other way to a gateway; one that is there already stays."""
+        what = f"routing by {gateway}"
+        place = {"dst": "default", "gateway": str(gateway), "oif": link.index}
+        family = socket.AF_INET if gateway.version == 4 else socket.AF_INET6
+        try:
+            await self._request(what, self._ip.route("add", family=family, **place))
+        except NetlinkError as error:
+            if error.code != errno.EEXIST:
+                raise _refusal(what, error) from error
+
     async def towards(self, address: IPAddress) -> Way | None:
         """Return the way to an address, None if there is none."""
         what = f"looking for the way to {address}"

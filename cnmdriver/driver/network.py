@@ -45,6 +45,7 @@ from cnmdriver.model import (
     Subnet,
 )
 from cnmdriver.plan import devices, firewall, options, router
+from cnmdriver.plan.ops import Key
 from cnmdriver.store import records
 from cnmdriver.store.records import Space
 from cnmdriver.store.view import Draft
@@ -402,6 +403,36 @@ class NetworkDriver:
                 await self.site.state.remove(lambda draft: self.write(draft, before))
                 raise
             return attachment(network, member, endpoint)
+
+    async def reattach(self, lost: frozenset[Key]) -> list[str]:
+        """
+        Give sandboxes that have lost their devices the new ones; return what failed.
+
+        A device of an endpoint that joins just now is Docker's to move.
+        """
+        problems = []
+        for member in list(self.site.members()):
+            network = self.site.network(member)
+            for endpoint in self.site.endpoints(member.network):
+                keys = {op.key for op in self.site.endpoint_plan(endpoint)}
+                if not keys & lost or not self.sandboxes.has_settled(endpoint):
+                    continue
+                try:
+                    name = await self.site.dataplane.reattach(
+                        endpoint.sandbox,
+                        attachment(network, member, endpoint),
+                        endpoint.addresses,
+                    )
+                    log.warning(
+                        "network.reattached", endpoint=endpoint.id[:12], device=name
+                    )
+                except DriverError as error:
+                    problems.append(
+                        f"container {self.site.name(endpoint.id)} has lost its device "
+                        f"and got none: {error}; disconnect it from the network and "
+                        "connect it again"
+                    )
+        return problems
 
     async def put(self, endpoint: Endpoint) -> None:
         """Write this host's own endpoint."""

@@ -53,6 +53,13 @@ class Sandboxes:
         """Forget an endpoint."""
         self.times.pop(endpoint.id, None)
 
+    def has_settled(self, endpoint: Endpoint) -> bool:
+        """Tell whether an endpoint's sandbox is there, and Docker done with it."""
+        joined = self.times.get(endpoint.id, -math.inf)
+        if time.monotonic() - joined < STARTING:
+            return False
+        return self.site.dataplane.has_sandbox(endpoint.sandbox)
+
     async def is_gone(self, endpoint: Endpoint) -> bool:
         """Tell whether an endpoint has joined a sandbox that is there no more."""
         joined = self.times.get(endpoint.id, -math.inf)

@@ -15,9 +15,11 @@ import structlog
 from cnmdriver.errors import KernelError, NotFound
 from cnmdriver.model import (
     Alive,
+    Attachment,
     Endpoint,
     Host,
     IPAddress,
+    IPInterface,
     IPNetwork,
     Member,
     Network,
@@ -70,6 +72,14 @@ class Dataplane(Protocol):
 
     async def vnis(self) -> frozenset[int]:
         """Return the VXLAN network identifiers that devices of others have here."""
+
+    async def reattach(
+        self,
+        sandbox: str,
+        attachment: Attachment,
+        addresses: tuple[IPInterface, ...],
+    ) -> str:
+        """Give a sandbox the device it has lost; return the name it has there."""
 
     async def watch(self, heard: Callable[[], None]) -> None:
         """

@@ -199,6 +199,7 @@ class Sync:
             log.info("sync.repair", what=line)
         if self.settle:
             self.repairs.update(key[0] for key in amiss)
+        lost = [op.key for op in difference.lacking if isinstance(op, Veth)]
         problems = []
         for plan in list(self.plans()) if amiss else ():
             part = affected(plan, amiss)
@@ -208,6 +209,8 @@ class Sync:
             except DriverError as error:
                 log.error("sync.cannot_repair", error=str(error))
                 problems.append(str(error))
+        if lost and self.settle:
+            problems += await self.networks.reattach(frozenset(lost))
         return problems
 
     def plans(self) -> Iterator[Plan]:

@@ -7,6 +7,7 @@ by the monitor; what it does not announce (settings) waits for the audit, which
 """
 
 import asyncio
+import json
 import random
 import time
 from collections.abc import AsyncIterator, Callable
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from cnmdriver.driver import sandboxes
 from cnmdriver.model import Alive, Endpoint, Host, Network
 from cnmdriver.plan import devices
 from cnmdriver.store import records
@@ -198,6 +200,55 @@ async def test_each_change_is_put_right_and_counted(host, tmp_path):  # noqa: F8
                 assert sync.repairs.total() > before or surplus or name, name
             assert stage.sandboxes[next(iter(stage.intact))].has_device()
     print(f"the slowest took {slowest:.2f} s")
+
+
+@pytest.mark.parametrize("network", [BRIDGE, OVERLAY])
+async def test_a_container_gets_its_device_back(host, tmp_path, monkeypatch, network):  # noqa: F811
+    """A deleted pair is made again, into the sandbox, with name, addresses, routes."""
+    monkeypatch.setattr(sandboxes, "STARTING", 0.0)
+    async with staged(tmp_path, host, 2) as stage:
+        box = next(b for b, known in stage.boxes.items() if known.net.id == network)
+        space = stage.sandboxes[box].space
+        set_up(space, stage.boxes[box])
+        before = shown(space)
+        place = () if network == BRIDGE else stage.inside
+        run(*place, "ip", "link", "del", devices.port(box))
+        assert not stage.sandboxes[box].has_device()
+        begin = time.monotonic()
+        while not stage.sandboxes[box].has_device() or shown(space) != before:
+            assert time.monotonic() < begin + SOON, (before, shown(space))
+            await asyncio.sleep(0.05)
+        await stage.repaired(SOON)
+        gateway = "10.2.0.1" if network == BRIDGE else "10.9.0.1"
+        await asyncio.to_thread(space.run, "ping", "-c1", "-W2", gateway)
+
+
+def set_up(space: Namespace, box: Any) -> None:
+    """Do what Docker does in a sandbox after the move."""
+    space.run("sysctl", "-qw", "net/ipv6/conf/eth0/disable_ipv6=0")
+    space.run("ip", "link", "set", "eth0", "up")
+    for face in box.addresses:
+        space.run("ip", "addr", "add", str(face), "dev", "eth0", "nodad")
+        gateway = face.network.network_address + 1
+        space.run("ip", "route", "add", "default", "via", str(gateway))
+
+
+def shown(space: Namespace) -> tuple[Any, ...]:
+    """Return name, MAC, MTU, addresses and default routes of a sandbox's device."""
+    links = json.loads(space.run("ip", "-j", "addr"))
+    routes = [
+        space.run("ip", f"-{version}", "route", "show", "default").split()[:5]
+        for version in (4, 6)
+    ]
+    return (
+        [
+            (link["ifname"], link["address"], link["mtu"])
+            + (sorted(each["local"] for each in link["addr_info"]),)
+            for link in links
+            if link["ifname"] != "lo"
+        ],
+        routes,
+    )
 
 
 async def test_500_changes(host, tmp_path):  # noqa: F811

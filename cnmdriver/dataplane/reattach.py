@@ -1,0 +1,78 @@
+"""
+A container whose device was deleted gets another one, as Docker had made it.
+
+Docker moves a device into a sandbox once, and never looks again. Its name there is its
+prefix and the lowest free number (libnetwork osl/interface_linux.go).
+"""
+
+import os
+from pathlib import Path
+
+from cnmdriver.dataplane.handler import refusal
+from cnmdriver.dataplane.netlink import Netlink
+from cnmdriver.dataplane.place import Place
+from cnmdriver.errors import KernelError
+from cnmdriver.model import Attachment, IPInterface
+
+MOST = 64
+"""Devices of one prefix in a sandbox."""
+
+
+async def reattach(
+    outer: Netlink,
+    sandbox: str,
+    attachment: Attachment,
+    addresses: tuple[IPInterface, ...],
+) -> str:
+    """Move a new device into a sandbox and set it up; return its name there."""
+    what = f"entering sandbox {sandbox}"
+    try:
+        descriptor = os.open(sandbox, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise refusal(what, error.errno or 0) from error
+    place = Place(what, descriptor)
+    try:
+        await place.open()
+        return await _move(outer, place, attachment, addresses)
+    finally:
+        # Whatever holds the descriptor keeps a dead sandbox alive.
+        await place.close()
+
+
+async def _move(
+    outer: Netlink,
+    place: Place,
+    attachment: Attachment,
+    addresses: tuple[IPInterface, ...],
+) -> str:
+    link = await outer.link(attachment.device)
+    if link is None:
+        raise KernelError(f"device {attachment.device} is not there")
+    name = await _free_name(place.netlink, attachment.prefix)
+    await outer.change(link, net_ns_fd=place.descriptor, ifname=name)
+    inner = await place.netlink.link(name)
+    if inner is None:
+        raise KernelError(f"device {name} is not in the sandbox it was moved to")
+    six = any(address.version == 6 for address in addresses)
+    await place.inside.ask(f"setting up {name}", _allow_ipv6, name, six)
+    await place.netlink.change(inner, state="up")
+    for address in addresses:
+        await place.netlink.add_address(inner, address)
+    for gateway in (attachment.gateway4, attachment.gateway6):
+        if gateway is not None:
+            await place.netlink.add_default(inner, gateway)
+    return name
+
+
+async def _free_name(inner: Netlink, prefix: str) -> str:
+    for number in range(MOST):
+        name = f"{prefix}{number}"
+        if inner.index(name) is None:
+            return name
+    raise KernelError(f"the sandbox has {MOST} devices called {prefix} and a number")
+
+
+def _allow_ipv6(name: str, allowed: bool) -> None:
+    path = Path("/proc/sys/net/ipv6/conf", name, "disable_ipv6")
+    if path.exists():
+        path.write_text("0" if allowed else "1", encoding="ascii")
