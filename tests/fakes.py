@@ -104,6 +104,10 @@ class FakeKernel:
             address=ip_address(wish or "192.0.2.1"), device="eth0", mtu=1500
         )
 
+    async def drops(self) -> dict[str, int]:
+        """Have dropped nothing."""
+        return {}
+
     async def reattach(self, sandbox: str, *_: object) -> str:
         """Note which sandbox got a device."""
         self.reattached.append(sandbox)

@@ -42,7 +42,9 @@ def summary(found: Any) -> Iterator[str]:
         "holds": ", ".join(f"{name} {found[name]}" for name in counts),
     }
     if found.get("repairs"):
-        lines["repaired"] = ", ".join(f"{k} {n}" for k, n in found["repairs"].items())
+        lines["mended"] = ", ".join(f"{k} {n}" for k, n in found["repairs"].items())
+    if found.get("drops"):
+        lines["dropped"] = ", ".join(f"{k} {n}" for k, n in found["drops"].items())
     yield from (table.clean(f"{name:<8}{text}") for name, text in lines.items())
     if found["attention"]:
         yield from ("", "Attention:")

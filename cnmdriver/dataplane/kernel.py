@@ -12,6 +12,7 @@ when it ended, and each has a bound.
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
@@ -223,6 +224,14 @@ class Kernel:
             return tuple(
                 [pair for c in crews for pair in await settled(c.links.foreign())]
             )
+
+    async def drops(self) -> dict[str, int]:
+        """Count the packets that nobody may send and that were dropped, by kind."""
+        found: Counter[str] = Counter()
+        async with self._lock:
+            for crew in await settled(self._in_sight()):
+                found.update(await settled(crew.firewall.drops()))
+        return dict(found)
 
     async def routes(self) -> tuple[tuple[IPNetwork, str], ...]:
         """Return network and device of the host's routes, but the default and ours."""

@@ -111,7 +111,9 @@ class Publisher:
         key = records.endpoint(after.network, after.id)
         await self.site.state.commit_own(lambda draft: draft.put(key, after))
         await self.site.clear(self.gone(before, after))
-        await self.site.dataplane.apply(self.site.endpoint_plan(after))
+        old = set(self.site.endpoint_plan(before))
+        new = self.site.endpoint_plan(after)
+        await self.site.dataplane.apply(tuple(op for op in new if op not in old))
 
     async def take_back(self, after: Endpoint, before: Endpoint) -> None:
         """Restore what an endpoint published before a change that failed."""

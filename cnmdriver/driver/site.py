@@ -73,6 +73,9 @@ class Dataplane(Protocol):
     async def vnis(self) -> frozenset[int]:
         """Return the VXLAN network identifiers that devices of others have here."""
 
+    async def drops(self) -> dict[str, int]:
+        """Count the packets that nobody may send and that were dropped, by kind."""
+
     async def reattach(
         self,
         sandbox: str,

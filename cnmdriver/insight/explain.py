@@ -57,7 +57,8 @@ PURPOSES: dict[type[Op], str] = {
 }
 TABLES = {
     "inet": "the chains every packet of ours passes, and the sets they look into",
-    "bridge": "no frame from or to a gateway of ours passes a tunnel",
+    "bridge": "what each port may send, and that no frame from or to a gateway of ours "
+    "passes a tunnel",
 }
 SETTINGS = {True: "let the host route", False: "nor are iptables' rules asked there"}
 PAIRS = {

@@ -51,6 +51,7 @@ async def status(site: Site, info: Mapping[str, object]) -> Json:
         },
         "docker": info.get("docker"),
         "repairs": info.get("repairs", {}),
+        "drops": await drops(site),
         "networks": len(members),
         "endpoints": sum(len(site.endpoints(m.network)) for m in members),
         "ports": len(ports(site)),
@@ -97,6 +98,15 @@ def stored(site: Site, info: Mapping[str, object]) -> Iterator[str]:
         )
     for key, error in sorted(site.view.malformed.items()):
         yield f"record {key} in the store cannot be read and is left out: {error}"
+
+
+async def drops(site: Site) -> dict[str, int]:
+    """Count what was dropped as nobody may send it; nothing if that cannot be read."""
+    try:
+        found = await site.dataplane.drops()
+    except DriverError:
+        return {}
+    return {kind: count for kind, count in sorted(found.items()) if count}
 
 
 def strings(value: object) -> list[str]:

@@ -143,8 +143,7 @@ def chaos(
         least_kills=kills,
         users=users,
     )
-    place = directory or Path(tempfile.mkdtemp(prefix="pynet-chaos-"), "lab")
-    with _one_sentence():
+    with _one_sentence(), _place(directory) as place:
         notes = run.whole(place, plan, lambda text: click.echo(text, err=True), keep)
     if as_json:
         click.echo(json.dumps(notes.as_dict(), indent=2))
@@ -227,6 +226,17 @@ def _daemons(machine: Underlay | Node) -> str:
     if isinstance(machine, Underlay) or not machine.is_on:
         return "-"
     return ", ".join(f"{name} {machine.state(name)}" for name in machine.programs)
+
+
+@contextlib.contextmanager
+def _place(chosen: Path | None) -> Iterator[Path]:
+    """Yield a lab's place; one that nobody chose goes with the lab that was there."""
+    place = chosen or Path(tempfile.mkdtemp(prefix="pynet-chaos-"), "lab")
+    try:
+        yield place
+    finally:
+        if not chosen and not place.exists():
+            place.parent.rmdir()
 
 
 @contextlib.contextmanager

@@ -49,6 +49,7 @@ from cnmdriver.model import (
     Vni,
     Watermark,
 )
+from cnmdriver.store import checks
 
 SCHEMA = 1
 
@@ -194,9 +195,11 @@ def decode(key: str, value: bytes) -> object:
         raise StoreError(f"key {key[:80]} in the store is none of pynet's")
     try:
         envelope = msgspec.json.decode(value, type=Envelope)
-        return msgspec.json.decode(envelope.record, type=kind, dec_hook=read_address)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        found = msgspec.json.decode(envelope.record, type=kind, dec_hook=read_address)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise StoreError(f"value of {key[:80]} in the store: {error}") from None
+    checks.check(key, found)
+    return found
 
 
 def write_address(value: object) -> str:

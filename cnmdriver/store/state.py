@@ -519,7 +519,10 @@ class State:
 
     def is_late(self, key: str, value: bytes | None) -> bool:
         """Tell whether an endpoint has an address that is another host's by now."""
-        record = None if value is None else records.decode(key, value)
+        record: object = None
+        if value is not None:
+            with contextlib.suppress(StoreError):
+                record = records.decode(key, value)
         if self.session is None or not isinstance(record, Endpoint):
             return False
         network = self.view.get(Network, records.network(record.network))

@@ -21,6 +21,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import ExitStack, suppress
 from http.server import BaseHTTPRequestHandler
 from ipaddress import ip_interface, ip_network
+from pathlib import Path
 from typing import Any, Self
 
 from cnmdriver.cli.client import Client, UnixConnection
@@ -171,6 +172,7 @@ class Lists(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
         self.tell("end")
         self.shutdown()
         self.server_close()
+        Path(str(self.server_address)).unlink()
 
     def tell(self, event: str = "{}\n") -> None:
         """Tell that something has changed."""

@@ -136,12 +136,12 @@ def test_dockerd_without_live_restore(cluster: Cluster, ends: int) -> None:
 @pytest.mark.parametrize("ends", ENDS)
 def test_dockerd_with_live_restore(cluster: Cluster, ends: int) -> None:
     """
-    With live-restore traffic across hosts goes on, and leaves without Revoke are whole.
+    With live-restore traffic across hosts goes on, and stop and start work after it.
 
     1. A container with a published port and one on another host; pings between them and
        a stream, in both families, and a stream to the port.
     2. The first host's dockerd ends and starts again; audits pass.
-    3. The container stops: its Leave comes without Revoke. It starts again.
+    3. The container stops and starts again.
 
     Result: nothing was lost; the port is free when it stopped, and there again.
     """
@@ -287,18 +287,28 @@ def test_removed_while_nobody_was_there(cluster: Cluster) -> None:
 
 
 class Between(BaseHTTPRequestHandler):
-    """Hands Docker's calls on to pynet, until the one before which pynet dies."""
+    """
+    Hands Docker's calls on to pynet.
+
+    Before the call `fatal` pynet is killed, so that it fails; `silent` is answered as
+    if all was well, and pynet does not hear of it.
+    """
 
     host: Host
     fatal: str
-    died: threading.Event
+    silent: str
+    came: threading.Event
 
     def do_POST(self) -> None:
         length = int(self.headers.get("Content-Length", 0))
         body = self.rfile.read(length)
-        if self.path.endswith(self.fatal) and not self.died.is_set():
+        if self.path == f"/NetworkDriver.{self.silent}":
+            self.came.set()
+            self._answer(200, b"{}")
+            return
+        if self.path == f"/NetworkDriver.{self.fatal}" and not self.came.is_set():
             self.host.kill_pynet()
-            self.died.set()
+            self.came.set()
         try:
             self._answer(*self._asked(body))
         except (OSError, http.client.HTTPException):
@@ -325,11 +335,19 @@ class Between(BaseHTTPRequestHandler):
         pass
 
 
+def is_listening(host: Host) -> bool:
+    """Tell whether pynet listens on its own socket."""
+    with socket.socket(socket.AF_UNIX) as client:
+        return client.connect_ex(str(host.socket(REAL_SOCKET))) == 0
+
+
 @contextmanager
-def dying_at(host: Host, fatal: str) -> Iterator[threading.Event]:
-    """Let pynet die when Docker makes a call, which then fails; it starts again after."""
-    died = threading.Event()
-    names = {"host": host, "fatal": fatal, "died": died}
+def between(
+    host: Host, *, fatal: str = "", silent: str = ""
+) -> Iterator[threading.Event]:
+    """Stand between Docker and pynet; after it pynet starts anew, without."""
+    came = threading.Event()
+    names = {"host": host, "fatal": fatal, "silent": silent, "came": came}
     host.stop_pynet()
     path: Path = host.socket(PLUGIN_SOCKET)
     path.unlink(missing_ok=True)
@@ -339,8 +357,8 @@ def dying_at(host: Host, fatal: str) -> Iterator[threading.Event]:
         thread.start()
         try:
             host.start_pynet([f"--socket={REAL_SOCKET}"])
-            assert eventually(lambda: host.socket(REAL_SOCKET).exists(), SETTLED)
-            yield died
+            assert eventually(lambda: is_listening(host), SETTLED)
+            yield came
         finally:
             server.shutdown()
             thread.join()
@@ -362,9 +380,9 @@ def test_a_call_that_never_comes(cluster: Cluster, call: str) -> None:
     name = cluster.network()
     near, far = cluster.scenes
     goes, other = near.run(name), far.run(name)
-    with dying_at(near.host, f"NetworkDriver.{call}") as died:
+    with between(near.host, fatal=call) as came:
         near.remove(goes)
-        assert died.is_set()
+        assert came.is_set()
     well(cluster)
     assert asked(near.host, "endpoint", "ls") == []
     assert eventually(lambda: not leads_to(far.host, goes, name), SETTLED)
@@ -373,13 +391,37 @@ def test_a_call_that_never_comes(cluster: Cluster, call: str) -> None:
     assert other.pings(heir.ip(name))
 
 
+def test_a_leave_without_revoke(cluster: Cluster) -> None:
+    """
+    The ports of a container go with its Leave, if Docker does not revoke them before.
+
+    After live-restore newer Dockers leave the Revoke out; here it is kept from pynet.
+
+    1. A container with a published port stops, and starts again.
+
+    Result: the port is free when it stopped, and there again.
+    """
+    name = cluster.network("-o", "pynet.gateway=pynet")
+    scene = cluster.scenes[0]
+    with between(scene.host, silent="RevokeExternalConnectivity") as came:
+        one = scene.run(name, "-p", "8070:7", QUICK)
+        assert published(scene.host)
+        scene.host.docker("stop", one.name)
+        assert came.is_set()
+        # At once: what is left would be taken by an audit later.
+        assert published(scene.host) == []
+        scene.host.docker("start", one.name)
+        assert published(scene.host)
+    well(cluster)
+
+
 def test_a_network_whose_delete_never_comes(cluster: Cluster) -> None:
     """A network of which Docker could not tell that it goes, goes from the store too."""
     name = cluster.network(hosts=[1])
     scene = cluster.scenes[1]
-    with dying_at(scene.host, "NetworkDriver.DeleteNetwork") as died:
+    with between(scene.host, fatal="DeleteNetwork") as came:
         scene.remove_network(name)
-        assert died.is_set()
+        assert came.is_set()
     assert eventually(lambda: not left(cluster), SETTLED), left(cluster)
 
 

@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(300)]
 SOON = 5.0
 """Seconds for a repair on a loaded machine; two are promised."""
 MUTATIONS = 500
-AT_ONCE = 5
+AT_ONCE = 10
 BRIDGE, OVERLAY = "dual", "routed"
 FAR, FAR_MAC = "192.0.2.9", "02:42:0a:09:00:63"
 FAR_ADDRESSES = ("10.9.0.99", "fd09::99")

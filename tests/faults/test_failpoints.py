@@ -19,7 +19,7 @@ from tests.unit.calls import UDP, port
 TOGETHER = ({"table", "element"}, {"fdb", "neighbour"})
 """What a handler does at once, and so is announced at once."""
 
-pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(600)]
 
 Commands = Callable[[World], Awaitable[None]]
 

@@ -556,7 +556,9 @@ def counting(key: str = "hosts/x"):
     def decide(draft: Draft) -> int:
         found = draft.get(Host, key) or host("0")
         count = int(found.version) + 1
-        draft.put(key, replace(found, version=str(count), name=secrets.token_hex(4)))
+        name = key.partition("/")[2]
+        fresh = {"version": str(count), "name": secrets.token_hex(4)}
+        draft.put(key, replace(found, id=name, **fresh))
         return count
 
     return decide

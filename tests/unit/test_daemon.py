@@ -342,7 +342,9 @@ async def test_what_the_daemon_knows(short, docker, said):
             "store": "sqlite:///a.db",
             "docker": said,
             "hidden": False,
+            "repairs": {},
             "orphans": ["o"],
+            "conflicts": [],
             "problems": ["p"],
         }
         await whole.plugin.cleanup()

@@ -12,6 +12,7 @@ from cnmdriver.model import TCP
 from cnmdriver.plan import devices, ops
 from cnmdriver.plan.ops import Accept, Bridge, Element, Hold
 from cnmdriver.store import records
+from cnmdriver.store.view import Known
 from tests import scene
 from tests.fakes import cluster, level, rig
 from tests.scene import BLUE, DB, WEB
@@ -168,7 +169,9 @@ async def test_hostile_ids_are_quoted(made):
     hostile = replace(
         endpoint, id="x; reboot\n$(reboot)", sandbox="/run/`reboot`; reboot"
     )
-    await made.networks.put(hostile)
+    # From the store it would not come: it is no record there.
+    key = records.endpoint(hostile.network, hostile.id)
+    made.site.view.set(key, Known(hostile, 1))
     found = commands(text_of(made))
     assert not [c for c in found if c[0] == "reboot"]
     assert ("ip", "netns", "add", "`reboot`; reboot") in found
@@ -269,7 +272,8 @@ async def test_purposes_of_an_overlay(tmp_path):
     assert lines == [
         "a namespace for the overlays: the host's firewall sees nothing in it",
         "nor are iptables' rules asked there",
-        "no frame from or to a gateway of ours passes a tunnel",
+        "what each port may send, and that no frame from or to a gateway of ours "
+        "passes a tunnel",
         "the chains every packet of ours passes, and the sets they look into",
         "what the sets know",
         "Docker: the chain it leaves to others",

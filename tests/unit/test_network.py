@@ -675,7 +675,9 @@ async def test_the_endpoint_of_another_network(docker):
 async def test_another_hosts_endpoint(docker):
     """Another host's endpoint is neither joined nor removed here."""
     await plain(docker)
-    other = Endpoint(network=RED, id="box", host="other", boot="b", mac="m")
+    other = Endpoint(
+        network=RED, id="box", host="other", boot="b", mac="02:42:0a:00:00:63"
+    )
     await docker.rig.state.commit(
         lambda draft: draft.put(records.endpoint(RED, "box"), other)
     )
