@@ -272,8 +272,10 @@ async def test_purposes_of_an_overlay(tmp_path):
     assert lines == [
         "a namespace for the overlays: the host's firewall sees nothing in it",
         "nor are iptables' rules asked there",
-        "what each port may send, and that no frame from or to a gateway of ours "
-        "passes a tunnel",
+        (
+            "what each port may send, and that no frame from or to a gateway of ours "
+            "passes a tunnel"
+        ),
         "the chains every packet of ours passes, and the sets they look into",
         "what the sets know",
         "Docker: the chain it leaves to others",
