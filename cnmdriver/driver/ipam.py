@@ -48,6 +48,7 @@ from cnmdriver.store.view import Draft
 
 OPTIONS = ("pynet.network", "pynet.space")
 RESERVED = "a reservation of docker network create"
+WAITING = "a container that is gone or yet to come"
 log = structlog.get_logger()
 
 SPACE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
@@ -409,7 +410,7 @@ class IpamDriver:
         host = "" if own else f" on host {claims.host_name(draft, held.host)}"
         if held.endpoint:
             return f"{held.name or self.site.name(held.endpoint)}{host}"
-        return f"{held.name or RESERVED}{host}"
+        return f"{held.name or (RESERVED if held.bound else WAITING)}{host}"
 
     async def release_address(self, pool_id: str, address: IPAddress) -> None:
         """Give an address back; another host's or a free one is left as it is."""

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import pytest
 
 from cnmdriver.errors import DriverError
-from cnmdriver.lab.lab import Lab
 from tests.faults.failpoint_world import World, differing
 from tests.unit.calls import UDP, port
 
@@ -155,18 +154,6 @@ STORIES = {
 # How they are played.
 
 
-@pytest.fixture(scope="module")
-def lonely(make_module_lab: Callable[..., Lab]) -> Lab:
-    """Return a lab of one host with a store of its own."""
-    return make_module_lab(serve=False)
-
-
-@pytest.fixture(scope="module")
-def shared(make_module_lab: Callable[..., Lab]) -> Lab:
-    """Return a lab of one host and etcd."""
-    return make_module_lab(etcd=1, serve=False)
-
-
 def steps_of(world: World, *, removing: bool) -> Iterator[tuple[str, int, str, bool]]:
     """Yield the steps that Docker's calls have taken since this was asked last."""
     for line in world.daemon.news():
@@ -251,10 +238,10 @@ def check_whole(world: World) -> None:
 
 @pytest.mark.parametrize("action", ["kill", "error"])
 @pytest.mark.parametrize("name", STORIES)
-async def test_each_step(name, action, request):
+async def test_each_step(name, action, make_lab):
     """Repeated by its user, each command does what it should; nothing is left, twice."""
     story = STORIES[name]
-    lab: Lab = request.getfixturevalue("shared" if story.shared else "lonely")
+    lab = make_lab(etcd=1 if story.shared else 0, serve=False)
     store = {"store": f"etcd://{lab.members[0].address4}:2379"} if story.shared else {}
     with World(lab.hosts[0], **store) as world:
         at_first = world.left()
