@@ -38,7 +38,8 @@ LONGEST = 107
 """Bytes of a Unix socket's path, which the kernel ends with a zero."""
 PATIENCE = 5.0
 """Seconds to wait for another daemon that starts in the same directory."""
-BACKLOG = 128
+BACKLOG = 4096
+"""A full queue is an error to Docker, which may start many containers at once."""
 OWN = {"local.db", "store.db", "boot", "lost+found"}
 """What a directory of pynet's holds, one of them at least."""
 

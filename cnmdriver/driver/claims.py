@@ -250,9 +250,15 @@ def choose(
             f"pool {sub or pool.cidr} has no free address: "
             f"{sum(first <= n <= last for n in numbers)} taken of {last - first + 1}"
             f"{theirs.count(first, last)}; remove containers, or use a larger --subnet",
-            wanted=next(pools.candidates(pool.cidr, sub, numbers), None),
+            wanted=any_of(pools.candidates(pool.cidr, sub, numbers)),
         )
     return chosen
+
+
+def any_of(free: Iterator[IPAddress]) -> IPAddress | None:
+    """Choose one of some addresses: their owner takes the lowest itself."""
+    some = list(islice(free, MOST))
+    return secrets.choice(some) if some else None
 
 
 class NoneFree(Exhausted):

@@ -18,7 +18,7 @@ each decision expects the keys it relies on.
 import asyncio
 import re
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -50,6 +50,9 @@ OPTIONS = ("pynet.network", "pynet.space")
 RESERVED = "a reservation of docker network create"
 WAITING = "a container that is gone or yet to come"
 log = structlog.get_logger()
+
+ASKS = 3
+"""How often other hosts are asked for an address: what they lend may be taken again."""
 
 SPACE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
@@ -300,16 +303,26 @@ class IpamDriver:
             self.take(draft, pool, wish)
             return wish.ip
 
-        try:
-            async with self.lock:
-                chosen = await self.site.state.commit_own(decide)
-        except (Elsewhere, NoneFree) as refusal:
-            wanted = refusal.wanted if isinstance(refusal, NoneFree) else address
-            if wanted is None or not await self.ask(identity, wanted):
-                raise
-            async with self.lock:
-                chosen = await self.site.state.commit_own(decide)
+        chosen = await self.drawn(identity, address, decide)
         return interface(chosen, identity.pool)
+
+    async def drawn(
+        self,
+        identity: PoolId,
+        address: IPAddress | None,
+        decide: Callable[[Draft], IPAddress],
+    ) -> IPAddress:
+        """Decide on an address; ask for what lies in another host's block."""
+        for _ in range(ASKS):
+            try:
+                async with self.lock:
+                    return await self.site.state.commit_own(decide)
+            except (Elsewhere, NoneFree) as refusal:
+                wanted = refusal.wanted if isinstance(refusal, NoneFree) else address
+                if wanted is None or not await self.ask(identity, wanted):
+                    raise
+        async with self.lock:
+            return await self.site.state.commit_own(decide)
 
     async def ask(self, identity: PoolId, wanted: IPAddress) -> bool:
         """Ask another host for an address of its block; tell if it may be had now."""

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import pytest
 
 from cnmdriver.errors import DriverError
-from tests.faults.failpoint_world import World, differing
+from tests.dockerd.tools import eventually
+from tests.faults.failpoint_world import SOON, World, differing
 from tests.unit.calls import UDP, port
 
 TOGETHER = ({"table", "element"}, {"fdb", "neighbour"})
@@ -196,6 +197,7 @@ async def play(world: World, story: Story, step: Step, action: str) -> None:
         check_hit(world, step, action)
     if not done and alone and not step.call.startswith("Request"):
         # What an address or a pool was taken for Docker does not learn: they lapse.
+        eventually(lambda: world.look() == world.before, SOON)
         found = world.look()
         assert found == world.before, differing(world.before, found)
     if not done and not await world.succeeds(story.do):
