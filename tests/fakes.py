@@ -113,7 +113,7 @@ class FakeKernel:
         self.reattached.append(sandbox)
         return "eth0"
 
-    async def watch(self, heard: Callable[[], None]) -> None:
+    async def watch(self, heard: Callable[[bool], None]) -> None:
         """Have no news."""
         del heard
         await asyncio.Event().wait()

@@ -13,7 +13,15 @@ when it ended, and each has a bound.
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+)
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -82,6 +90,8 @@ HANDLERS: Mapping[type[Op], type[Handler]] = {
 """Who makes which operations hold, in the order in which one stands on another."""
 
 ORDER = tuple(HANDLERS)
+ECHO = 0.1
+"""Seconds in which our own changes are announced, and Docker goes on with them."""
 EARS = 0.5
 """Seconds between two looks whether pynet's namespace is another one."""
 BREATH = 1_000
@@ -134,6 +144,8 @@ class Kernel:
         self._host = Place()
         self._places = Places(self._staff)
         self._crews: dict[str, Crew] = {}
+        self._changing = 0
+        self._changed = 0.0
         self._staff(self._host)
 
     async def open(self) -> None:
@@ -163,7 +175,7 @@ class Kernel:
         `still` is asked, once it is this call's turn, what of the plan is wanted by
         then.
         """
-        async with self._lock:
+        async with self._lock, self._own_change():
             undo: Undo = []
             self._begin()
             try:
@@ -187,7 +199,7 @@ class Kernel:
         Goes on after errors, and raises one KernelError that tells all.
         """
         failures: list[str] = []
-        async with self._lock:
+        async with self._lock, self._own_change():
             self._begin()
             for where, kind, ops in _groups(still(plan)[::-1]):
                 await self._announce("clear", ops)
@@ -269,21 +281,37 @@ class Kernel:
                 reattach(self._host.netlink, sandbox, attachment, addresses)
             )
 
-    async def watch(self, heard: Callable[[], None]) -> None:
+    async def watch(self, heard: Callable[[bool], None]) -> None:
         """
         Call back whenever something of ours may have been changed, until cancelled.
 
-        Our own changes are announced too; which object it is, is not told.
+        Which object it is, is not told, but whether it may have been ourselves: our own
+        changes are announced too, and what Docker does with a new device follows them.
         """
         ears: dict[str, Ear] = {}
+
+        def told() -> None:
+            now = asyncio.get_running_loop().time()
+            heard(self._changing > 0 or now < self._changed + ECHO)
+
         try:
             while True:
                 for where in (HOST, self._namespace):
-                    await self._keep_ear(ears, where, heard)
+                    await self._keep_ear(ears, where, told)
                 await asyncio.sleep(EARS)
         finally:
             for ear in ears.values():
                 ear.close()
+
+    @asynccontextmanager
+    async def _own_change(self) -> AsyncIterator[None]:
+        """Let it be known that what is announced now may be our own doing."""
+        self._changing += 1
+        try:
+            yield
+        finally:
+            self._changing -= 1
+            self._changed = asyncio.get_running_loop().time()
 
     async def _keep_ear(
         self, ears: dict[str, Ear], where: str, heard: Callable[[], None]

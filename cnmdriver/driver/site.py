@@ -84,11 +84,11 @@ class Dataplane(Protocol):
     ) -> str:
         """Give a sandbox the device it has lost; return the name it has there."""
 
-    async def watch(self, heard: Callable[[], None]) -> None:
+    async def watch(self, heard: Callable[[bool], None]) -> None:
         """
         Call back whenever something of ours may have been changed, until cancelled.
 
-        Our own changes are announced too; which object it is, is not told.
+        Which object it is, is not told, but whether it may have been ourselves.
         """
 
     def has_sandbox(self, key: str) -> bool:

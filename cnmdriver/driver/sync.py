@@ -38,6 +38,8 @@ SHARE = 0.2
 """Of its time that the loop looks at changes that the kernel announces, at most."""
 SOON = 0.3
 """Seconds, at least, between two comparisons for the kernel's sake."""
+LATER = 5.0
+"""The same, after changes that may have been our own."""
 PAUSE = 2.0
 """Seconds before Docker is tried again when it did not answer."""
 
@@ -96,12 +98,16 @@ class Sync:
         """Ask for a comparison soon."""
         self.dirty.set()
 
-    def hear(self) -> None:
+    def hear(self, own: bool) -> None:
         """Hear that the kernel was changed; ask for a comparison in its turn."""
-        if self.planned is None:
-            loop = asyncio.get_running_loop()
-            due = self.ended + max(SOON, self.took / SHARE)
-            self.planned = loop.call_at(max(due, loop.time() + SETTLE), self.look_now)
+        loop = asyncio.get_running_loop()
+        wait = LATER if own else min(LATER, max(SOON, self.took / SHARE))
+        due = max(self.ended + wait, loop.time() + SETTLE)
+        if self.planned is not None:
+            if self.planned.when() <= due:
+                return
+            self.planned.cancel()
+        self.planned = loop.call_at(due, self.look_now)
 
     def look_now(self) -> None:
         """Compare what the kernel announced."""
