@@ -18,8 +18,16 @@ import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from ipaddress import IPv4Address, IPv6Address
+from itertools import count
 
-from cnmdriver.dataplane.handler import BOUND, Undo, only, refusal, too_slow
+from cnmdriver.dataplane.handler import (
+    BOUND,
+    Refusal,
+    Undo,
+    only,
+    refusal,
+    too_slow,
+)
 from cnmdriver.dataplane.inside import Inside
 from cnmdriver.dataplane.links import Links
 from cnmdriver.dataplane.netlink import Netlink
@@ -62,6 +70,11 @@ BODY = struct.Struct("=BxxxiHBB")
 ANSWER = struct.Struct("=IHHIIi")
 ATTRIBUTE = struct.Struct("=HH")
 
+DUMP_TRIES = 4
+INTERRUPTED = 0x10
+"""The flag of a message that does not go together with those before it."""
+PASSING = {errno.EBUSY, errno.EINTR, errno.ENOBUFS}
+"""Refusals of a dump that the next one need not meet."""
 GONE = {errno.ENOENT, errno.ENODEV, errno.EADDRNOTAVAIL, errno.EOPNOTSUPP}
 """What the kernel says to removing what is not there, or no port of a bridge."""
 
@@ -170,6 +183,7 @@ class Reading:
         self._socket = sock
         self._devices = devices
         self._where = where
+        self._numbers = count(1)
 
     def close(self) -> None:
         """Close the socket; a second time does nothing."""
@@ -191,7 +205,7 @@ class Reading:
         await self._dump(AF_BRIDGE, ports, self._forwarding, found)
         for family in FAMILIES.values():
             await self._dump(family, bridges, self._neighbour, found)
-        return tuple(found)
+        return tuple(dict.fromkeys(found))
 
     async def _dump(
         self,
@@ -200,24 +214,49 @@ class Reading:
         read: "Callable[[str, int, int, bytes], Op | None]",
         found: list[Op],
     ) -> None:
+        """Read a family again while it is not of one moment; add what it had to all."""
+        last: list[Op] = []
+        for turn in range(1, DUMP_TRIES + 1):
+            before, last = last, []
+            try:
+                whole = await self._read(family, names, read, last)
+            except Refusal as error:
+                if error.code not in PASSING or turn == DUMP_TRIES:
+                    raise
+                continue
+            if whole:
+                before = []
+                break
+        # What stays is in one of two dumps at least.
+        found += before + last
+
+    async def _read(
+        self,
+        family: int,
+        names: Mapping[int, str],
+        read: "Callable[[str, int, int, bytes], Op | None]",
+        found: list[Op],
+    ) -> bool:
+        """Read all entries of a family; tell whether they are of one moment."""
+        asked = next(self._numbers)
         body = BODY.pack(family, 0, 0, 0, 0)
-        self._socket.send(_message(GET, REQUEST | DUMP, 0, body))
-        more = True
-        while more:
+        self._socket.send(_message(GET, REQUEST | DUMP, asked, body))
+        whole = True
+        while True:
             data = _received(self._socket, "reading the entries")
-            for count, (kind, at, end) in enumerate(_messages(data)):
+            for place, (kind, at, end) in enumerate(_messages(data)):
+                _, _, word, number, _ = MESSAGE.unpack_from(data, at)
+                if number != asked:
+                    # Of an earlier dump, which ended with an error.
+                    continue
+                whole = whole and not word & INTERRUPTED
                 if kind in {ERROR, DONE}:
                     _fail("reading the entries", data, at)
-                    more = False
-                    break
-                start = at + MESSAGE.size
-                _, index, state, flags, _ = BODY.unpack_from(data, start)
-                device = names.get(index)
-                if device is not None:
-                    op = read(device, state, flags, data[start + BODY.size : end])
-                    if op is not None:
-                        found.append(op)
-                if count % TOGETHER == TOGETHER - 1:
+                    return whole
+                op = _entry(names, read, data, at + MESSAGE.size, end)
+                if op is not None:
+                    found.append(op)
+                if place % TOGETHER == TOGETHER - 1:
                     await asyncio.sleep(0)
             await asyncio.sleep(0)
 
@@ -252,6 +291,21 @@ class Reading:
             address=_address(address),
             mac=mac.hex(":"),
         )
+
+
+def _entry(
+    names: Mapping[int, str],
+    read: Callable[[str, int, int, bytes], Op | None],
+    data: bytes,
+    start: int,
+    end: int,
+) -> Op | None:
+    """Read one entry, None if it does not count."""
+    _, index, state, flags, _ = BODY.unpack_from(data, start)
+    device = names.get(index)
+    if device is None:
+        return None
+    return read(device, state, flags, data[start + BODY.size : end])
 
 
 def _opened() -> socket.socket:

@@ -47,7 +47,13 @@ class Links:
         """Make each device, or make the one that is there as wanted."""
         for op in ops:
             if isinstance(op, Device):
-                await self._hold(op, undo)
+                try:
+                    await self._hold(op, undo)
+                except Refusal as error:
+                    if error.code != errno.ENODEV:
+                        raise
+                    # It was removed while it was looked at: it is made anew.
+                    await self._hold(op, undo)
 
     async def clear(self, ops: Plan) -> None:
         """Remove the devices that are ours; a pair goes with one of its ends."""

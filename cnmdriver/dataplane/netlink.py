@@ -3,7 +3,8 @@ The one door to rtnetlink: requests go in as words, answers come out as small va
 
 pyroute2 drops keywords it does not know without an error, so what is set here is read
 back by the tests. `link_lookup` and the databases of pyroute2 are not used: they dump
-all devices.
+all devices. It passes by the kernel's word that a dump is not of one moment, and is of
+no more use once its socket has overflowed: both are seen to here.
 """
 
 import asyncio
@@ -15,12 +16,12 @@ import socket
 import struct
 from collections.abc import AsyncIterator, Awaitable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from pyroute2 import AsyncIPRoute
-from pyroute2.netlink.exceptions import NetlinkDumpInterrupted, NetlinkError
+from pyroute2.netlink.exceptions import NetlinkError
 
-from cnmdriver.dataplane.handler import BOUND, refusal, too_slow
+from cnmdriver.dataplane.handler import BOUND, Refusal, refusal, too_slow
 from cnmdriver.dataplane.inside import Inside
 from cnmdriver.dataplane.link import BRIDGE_FLAGS, Link, Port, read
 from cnmdriver.errors import KernelError
@@ -34,7 +35,13 @@ MAIN_TABLE = 254
 UNICAST = 1
 BY_KERNEL = 2
 SKIP_STATS = 8
-DUMP_TRIES = 5
+DUMP_TRIES = 4
+PAUSE = 0.02
+"""Seconds after a dump in vain."""
+INTERRUPTED = 0x10
+"""The flag of a message that does not go together with those before it."""
+PASSING = {errno.EBUSY, errno.EINTR, errno.ENOBUFS, errno.EAGAIN}
+"""Refusals of a dump that the next one need not meet."""
 GET_NAME, GET_INDEX = 0x8910, 0x8933
 INDEX = struct.Struct("I")
 NO_WAY = {
@@ -46,6 +53,8 @@ NO_WAY = {
 }
 BREATH = 64
 """After so many messages of a dump others get their turn."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +85,7 @@ class Netlink:
         self._socket: AsyncIPRoute | None = None
         self._names: socket.socket | None = None
         self._dumping = asyncio.Lock()
+        self._renewing = asyncio.Lock()
 
     async def open(self) -> None:
         """Open the sockets, in the namespace of the thread."""
@@ -129,9 +139,11 @@ class Netlink:
         """Return all devices of the namespace, or those of one group."""
         # Leaving out statistics halves what there is to decode.
         found = await self._dump("listing the devices", "link", ext_mask=SKIP_STATS)
+        # One that was read twice counts as it was read last.
+        latest = {message["index"]: message for message in found}
         return tuple(
             read(message)
-            for message in found
+            for message in latest.values()
             if group is None or message.get("IFLA_GROUP") == group
         )
 
@@ -311,44 +323,91 @@ class Netlink:
         return read(answer[0]) if answer else None
 
     async def _dump(self, what: str, kind: str, **request: int) -> list[Any]:
-        for _ in range(DUMP_TRIES):
+        """
+        Return the messages of a dump.
+
+        While things come and go all the time no dump is of one moment. What stays is in
+        one of two of them at least, so these are put together, the older first.
+        """
+        pooled: list[Any] = []
+        last: list[Any] = []
+        for count in range(1, DUMP_TRIES + 1):
             try:
                 # The kernel has one dump at a time on a socket, else EBUSY.
                 async with self._dumping:
-                    found: list[Any] = await self._ask(
-                        what, _collect(self._ip, kind, request)
-                    )
-            except NetlinkDumpInterrupted:
-                continue
-            return found
-        raise KernelError(f"{what} failed: the devices change too fast; try again")
+                    dump = _collect(self._ip, kind, request)
+                    found, whole = await self._ask(what, dump, None)
+            except Refusal as error:
+                if error.code not in PASSING or count == DUMP_TRIES:
+                    raise
+            else:
+                if whole:
+                    return found
+                pooled, last = last + found, found
+            await asyncio.sleep(PAUSE)
+        return pooled
 
-    async def _ask(self, what: str, request: Awaitable[Any]) -> Any:
+    async def _ask(
+        self, what: str, request: Awaitable[T], bound: float | None = BOUND
+    ) -> T:
         try:
-            return await self._request(what, request)
-        except NetlinkDumpInterrupted:
-            raise
+            return await self._request(what, request, bound)
         except NetlinkError as error:
             raise _refusal(what, error) from error
 
-    async def _request(self, what: str, request: Awaitable[Any]) -> Any:
+    async def _request(
+        self, what: str, request: Awaitable[T], bound: float | None = BOUND
+    ) -> T:
+        used = self._socket
         try:
-            async with asyncio.timeout(BOUND):
+            async with asyncio.timeout(bound):
                 return await request
         except TimeoutError as error:
+            await self._renew(used)
             raise too_slow(what) from error
         except OSError as error:
+            await self._renew(used)
             raise refusal(what, error.errno or errno.EIO) from error
 
+    async def _renew(self, used: AsyncIPRoute | None) -> None:
+        """
+        Ask by another socket from now on.
 
-async def _collect(ip: AsyncIPRoute, kind: str, request: dict[str, int]) -> list[Any]:
-    answers: AsyncIterator[Any] = await getattr(ip, kind)("dump", **request)
+        One that overflowed has lost answers, and gives its error to all who ask after.
+        """
+        async with self._renewing:
+            if used is None or used is not self._socket:
+                return
+            try:
+                rtnetlink, names = await self._inside.ask("opening a socket", _sockets)
+            except (OSError, KernelError):
+                # The next who asks meets the same error, and tries again.
+                return
+            names.close()
+            if used is self._socket:
+                self._socket = AsyncIPRoute(fileno=rtnetlink.detach())
+                used.close()
+            else:
+                rtnetlink.close()
+
+
+async def _collect(
+    ip: AsyncIPRoute, kind: str, request: dict[str, int]
+) -> tuple[list[Any], bool]:
+    """Return all messages of a dump, and whether they are of one moment."""
     found = []
-    async for message in answers:
-        found.append(message)
-        if len(found) % BREATH == 0:
-            await asyncio.sleep(0)
-    return found
+    whole = True
+    loop = asyncio.get_running_loop()
+    async with asyncio.timeout(BOUND) as limit:
+        answers: AsyncIterator[Any] = await getattr(ip, kind)("dump", **request)
+        async for message in answers:
+            found.append(message)
+            whole = whole and not message["header"]["flags"] & INTERRUPTED
+            if len(found) % BREATH == 0:
+                # What is bounded is the kernel's time, not that of reading much.
+                limit.reschedule(loop.time() + BOUND)
+                await asyncio.sleep(0)
+    return found, whole
 
 
 def _refusal(what: str, error: NetlinkError) -> KernelError:

@@ -262,12 +262,23 @@ def swap(path: Path, fresh: Path) -> None:
     """Put a new file in an old one's place, and its log out of the way."""
     for suffix in ("-wal", "-shm"):
         path.with_name(path.name + suffix).unlink(missing_ok=True)
+    put_in_place(path, fresh)
+
+
+def put_in_place(path: Path, fresh: Path) -> None:
+    """Replace a file by a new one, at once and lastingly."""
+    flush(fresh)
     fresh.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    flush(path.parent)
+
+
+def flush(place: Path) -> None:
+    """Bring a file, or the names in a directory, to the disk."""
+    descriptor = os.open(place, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        os.fsync(directory)
+        os.fsync(descriptor)
     finally:
-        os.close(directory)
+        os.close(descriptor)
 
 
 def is_full(error: BaseException) -> bool:

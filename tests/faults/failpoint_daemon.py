@@ -34,9 +34,9 @@ def main(given: dict[str, str], log: str) -> None:
             child = forked({**given, "grace": grace}, log, armed)
             print(child, flush=True)
             continue
-        if verb == "kill":
+        if verb == "kill" and child:
             os.kill(child, signal.SIGKILL)
-        print(ended(child, float(word or 10)), flush=True)
+        print(ended(child, float(word or 10)) if child else "none", flush=True)
 
 
 def forked(given: dict[str, str], log: str, armed: str) -> int:

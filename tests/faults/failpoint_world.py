@@ -35,7 +35,7 @@ from tests.unit.calls import Box, Docker, Net, families
 ADMIN = "/run/pynet/admin.sock"
 DOCKER = "/run/played-docker.sock"
 LOG = "/run/pynet.log"
-GRACE = 2.0
+GRACE = 3.0
 """Seconds before what Docker has lost is given back."""
 MOMENT = 0.05
 """The same where no call can be under way, for which that is meant."""
@@ -335,6 +335,18 @@ class World:
         """Start a container on the network, with a new id each time too."""
         await self.docker.start(secrets.token_hex(32), self.network, **options)
 
+    def tell(self) -> None:
+        """Tell the daemon what Docker has, and wait until it has read that."""
+        self.lists.tell()
+        wanted = {*self.docker.nets, *self.docker.boxes}
+
+        def told() -> bool:
+            shown = [*self.admin.get("networks"), *self.admin.get("endpoints")]
+            named = {each["id"] for each in shown if not named_by_id(each)}
+            return named >= wanted
+
+        assert wait_until(told, PATIENCE), self.daemon.log()[-3000:]
+
     async def succeeds(self, command: Callable[[Self], Awaitable[None]]) -> bool:
         """Give Docker a command and tell whether it succeeds."""
         try:
@@ -467,6 +479,11 @@ class World:
             *self.command("ss", "-Hlntu").splitlines(),
             *self.keys(),
         ]
+
+
+def named_by_id(shown: dict[str, Any]) -> bool:
+    """Tell whether the daemon has no name for something yet."""
+    return str(shown["id"]).startswith(str(shown["name"]))
 
 
 def nameless(shown: Any) -> Any:

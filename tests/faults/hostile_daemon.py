@@ -13,6 +13,7 @@ import json
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -29,8 +30,9 @@ from cnmdriver.cli.client import UnixConnection
 
 ROOT = Path(__file__).absolute().parents[2]
 READY = 30.0
+PATIENCE = 60.0
 TROUBLE = re.compile(
-    rb"Traceback|api\.bug|\"level\": \"(error|critical)\"|Exception ignored|never retrieved"
+    rb"Traceback|api\.bug|\"critical\"|Exception ignored|never retrieved"
 )
 """What no request may bring about, as it shows in the log."""
 
@@ -108,14 +110,30 @@ class Daemon:
 
     def ask(self, verb: str, path: str) -> Any:
         """Ask over the admin socket, with patience."""
-        connection: HTTPConnection = UnixConnection(str(self.admin))
+        connection = patient(self.admin)
         with contextlib.closing(connection):
             connection.request(verb, f"/v1/{path}")
             return json.loads(connection.getresponse().read())
 
+    def claims(self) -> list[str]:
+        """Read from its store which pools it holds for Docker."""
+        return [
+            claim
+            for _, record in self.records("members/")
+            for claim in record.get("claims", ())
+        ]
+
+    def records(self, prefix: str) -> list[tuple[str, Any]]:
+        """Read records from its store, without asking it."""
+        path = f"file:{self.directory}/state/store.db?mode=ro"
+        ask = "SELECT key, value FROM records WHERE key GLOB ? ORDER BY key"
+        with contextlib.closing(sqlite3.connect(path, uri=True)) as db:
+            rows = db.execute(ask, (f"{prefix}*",)).fetchall()
+        return [(key, json.loads(value)["record"]) for key, value in rows]
+
     def call(self, method: str, **content: Any) -> tuple[int, Any]:
         """Make one of Docker's calls."""
-        connection: HTTPConnection = UnixConnection(str(self.socket))
+        connection = patient(self.socket)
         with contextlib.closing(connection):
             connection.request("POST", f"/{method}", json.dumps(content))
             answer = connection.getresponse()
@@ -139,6 +157,13 @@ class Daemon:
             self.reader.join(10)
             if self.process.stderr is not None:
                 self.process.stderr.close()
+
+
+def patient(path: Path) -> HTTPConnection:
+    """Lead to a socket; how long an answer may take is for the caller to judge."""
+    connection = UnixConnection(str(path))
+    connection.timeout = PATIENCE
+    return connection
 
 
 @contextmanager

@@ -182,6 +182,7 @@ async def enumerated(world: World, story: Story) -> list[Step]:
     """Play a story undisturbed and return all its steps."""
     world.daemon.restart("trace")
     await story.do(world)
+    world.tell()
     taken = list(steps_of(world, removing=False))
     await story.undo(world)
     taken += steps_of(world, removing=True)
@@ -207,6 +208,7 @@ async def play(world: World, story: Story, step: Step, action: str) -> None:
         world.settles(world.before, alone=alone)
         world.daemon.restart()
         await story.do(world)
+    world.tell()
     check_whole(world)
     await story.undo(world)
     world.lists.tell()
@@ -248,13 +250,14 @@ async def test_each_step(name, action, make_lab):
     with World(lab.hosts[0], **store) as world:
         at_first = world.left()
         await story.before(world)
+        world.tell()
         world.before = world.look()
         steps = await enumerated(world, story)
         for step in steps:
             try:
                 await play(world, story, step, action)
             except (AssertionError, DriverError) as error:
-                words = f"{action} at {step}: {error}"
+                words = f"{action} at {step}: {error}\n{world.daemon.log()[-5000:]}"
                 raise AssertionError(words) from error
         await story.do(world)
         await story.undo(world)

@@ -340,7 +340,7 @@ async def test_bytes_in_etcd(tmp_path):
         root = b"/pynet/v1/"
         odd = [
             b"hosts/\xff\xfe",
-            b"\xff",
+            b"h\xff",
             b"hosts/\0",
             b"endpoints/\xed\xa0\x80/x",
             b"/",

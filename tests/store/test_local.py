@@ -128,15 +128,15 @@ async def test_a_directory_in_the_way(tmp_path):
 
 
 async def test_a_file_that_is_no_database(tmp_path):
-    """A file of other content is refused and left as it is."""
+    """A file of other content is kept under another name, and begun anew."""
     path = tmp_path / "local.db"
     path.write_text("not a database, but long enough to be read as one\n" * 50)
     before = path.read_bytes()
-    database = LocalDatabase(path)
-    with pytest.raises(StoreError, match="file is not a database"):
-        await database.open()
-    await database.close()
-    assert path.read_bytes() == before
+    async with opened(path) as local:
+        assert local.mended.endswith("the broken file is kept as local.db.broken-1")
+        assert local.estranged
+        assert len(local.host) == 16
+    assert path.with_name("local.db.broken-1").read_bytes() == before
 
 
 async def test_a_locked_file(local):
