@@ -420,6 +420,7 @@ class State:
         try:
             return await self.commit(decision)
         except StoreError as error:
+            self.doubt()
             return await self.put_off(decision, str(error))
 
     async def put_off(self, decision: Decision[T], reason: str) -> T:
