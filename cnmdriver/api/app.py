@@ -517,7 +517,9 @@ def _answer_driver(request: web.Request, error: DriverError) -> Answer:
     if isinstance(error, NotFound) and METHODS[request.path[1:]].removes:
         return _response(200, wire.Done()), {"outcome": "absent"}
     status = 400 if isinstance(error, InvalidParameter) else 500
-    return _refuse(status, type(error).__name__.lstrip("_"), str(error))
+    # One of the six that a caller knows, whatever kind of it this is.
+    known = (k for k in type(error).__mro__ if k.__module__ == DriverError.__module__)
+    return _refuse(status, next(known).__name__, str(error))
 
 
 def _refuse(status: int, outcome: str, text: str) -> Answer:
