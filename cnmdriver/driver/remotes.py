@@ -172,6 +172,9 @@ class Remotes:
         """Note what a changed record is about."""
         kind, _, rest = key.partition("/")
         network = rest.partition("/")[0]
+        if kind in {"endpoints", "members"} and rest.count("/") != 1:
+            # No record can stand there.
+            return
         if kind == "endpoints":
             self.count(key, network, touched)
             touched.keys.add(key)

@@ -11,11 +11,12 @@ from cnmdriver.insight.report import Json, ports, text
 from cnmdriver.model import Reservation
 from cnmdriver.plan.ops import Difference
 from cnmdriver.privileges import lacking
+from cnmdriver.store import checks
 
 SECRET = re.compile(r"(?<=://)[^/@]*@")
 """User and password in the address of a store."""
 SHOWN = 3
-"""How many differences are named; of more there is only the number."""
+"""How many of a kind are named; of more there is only the number."""
 
 
 async def status(site: Site, info: Mapping[str, object]) -> Json:
@@ -96,8 +97,13 @@ def stored(site: Site, info: Mapping[str, object]) -> Iterator[str]:
             f"the store lacks {len(site.view.missing)} records that this host knows: "
             "it was wiped, restored or exchanged; what is in use is published again"
         )
-    for key, error in sorted(site.view.malformed.items()):
-        yield f"record {key} in the store cannot be read and is left out: {error}"
+    malformed = sorted(site.view.malformed.items())
+    if malformed[SHOWN:]:
+        number = len(malformed)
+        yield f"{number} records in the store cannot be read and are left out, such as:"
+    for key, error in malformed[:SHOWN]:
+        name = checks.shown(key)
+        yield f"record {name} in the store cannot be read and is left out: {error}"
 
 
 async def drops(site: Site) -> dict[str, int]:

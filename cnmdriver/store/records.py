@@ -192,12 +192,14 @@ def decode(key: str, value: bytes) -> object:
     """Read a stored value; raises StoreError if it is not one of pynet's."""
     kind = TYPES.get(key.partition("/")[0])
     if kind is None:
-        raise StoreError(f"key {key[:80]} in the store is none of pynet's")
+        raise StoreError(f"key {checks.shown(key)} in the store is none of pynet's")
     try:
         envelope = msgspec.json.decode(value, type=Envelope)
         found = msgspec.json.decode(envelope.record, type=kind, dec_hook=read_address)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise StoreError(f"value of {key[:80]} in the store: {error}") from None
+        raise StoreError(
+            f"value of {checks.shown(key)} in the store: {error}"
+        ) from None
     checks.check(key, found)
     return found
 

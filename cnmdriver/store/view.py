@@ -141,11 +141,13 @@ class View:
         self.written[key] = revision
         self.revision = max(self.revision, revision)
         self.malformed.pop(key, None)
-        if value is None and not ours and not self.ending[key] and self.stays(key):
-            self.miss(key)
+        found = self.read(key, value, revision)
+        if found is None and not ours and not self.ending[key] and self.stays(key):
+            # What stands there instead is written over.
+            self.miss(key, 0 if value is None else revision)
         else:
             self.missing.discard(key)
-            self.set(key, self.read(key, value, revision))
+            self.set(key, found)
         if followed(key):
             self.turns += 1
             for feed in self.feeds:
@@ -162,10 +164,10 @@ class View:
             self.malformed[key] = str(error)
             return None
 
-    def miss(self, key: str) -> None:
-        """Keep a record that the store lacks."""
+    def miss(self, key: str, revision: int = 0) -> None:
+        """Keep a record that the store lacks, or has something else instead of."""
         self.missing.add(key)
-        self.set(key, Known(self.get(object, key), 0))
+        self.set(key, Known(self.get(object, key), revision))
 
     def forget(self, key: str) -> None:
         """Drop a record that the store lacks and nobody publishes again."""

@@ -33,6 +33,8 @@ TURNS = 4.0
 """Seconds for an election, a watch and a kernel."""
 SOON = 5.0
 """Seconds until all hosts know what was done while the store was away."""
+READY = 7.0
+"""Seconds in which a loaded machine does what takes two or three on another."""
 DEAD = 30.0
 CONNECTS = 100
 """On each of two hosts; besides them some containers are started and stopped."""
@@ -168,7 +170,7 @@ def test_what_needs_the_cluster_is_refused_soon(cluster: Cluster) -> None:
             begin = time.monotonic()
             text = refuse()
             # Docker's own part of it is not the store's.
-            assert time.monotonic() - begin < 4
+            assert time.monotonic() - begin < READY
             assert "the store has been away since" in text
             assert " UTC" in text
     assert eventually(lambda: in_agreement(cluster), SOON)
@@ -247,7 +249,7 @@ def test_a_daemon_that_starts_without_the_store(cluster: Cluster) -> None:
         host.docker("restart", "-t0", fresh.name)
         assert reaches(stays, fresh)
     print(f"ready after {times}")
-    assert max(times) < 2.5
+    assert max(times) < READY
     assert eventually(lambda: in_agreement(cluster), SOON)
     pings.stop()
     assert pings.sent == len(pings.heard)
@@ -262,7 +264,7 @@ def test_a_daemon_that_never_saw_the_store(make_lab: Callable[..., Lab]) -> None
         lab.members[0].kill_etcd()
         begin = time.monotonic()
         host.start_pynet()
-        assert time.monotonic() - begin < 2.5
+        assert time.monotonic() - begin < READY
         cluster = stack.enter_context(Cluster(lab))
         text = cluster.scenes[0].refused_network("--ipam-driver", "pynet")
         assert "the store has been away since" in text
