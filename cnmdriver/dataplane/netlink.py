@@ -368,6 +368,8 @@ class Netlink:
         except OSError as error:
             await self._renew(used)
             raise refusal(what, error.errno or errno.EIO) from error
+        finally:
+            drop_late(used)
 
     async def _renew(self, used: AsyncIPRoute | None) -> None:
         """
@@ -389,6 +391,19 @@ class Netlink:
                 used.close()
             else:
                 rtnetlink.close()
+
+
+def drop_late(ip: AsyncIPRoute | None) -> None:
+    """
+    Drop what came after an answer.
+
+    The kernel also acknowledges what it has answered, and pyroute2 keeps that for ever:
+    for whoever asks for messages that belong to no request.
+    """
+    queue = getattr(ip, "msg_queue", None)
+    while queue is not None and not queue.root.empty():
+        queue.root.get_nowait()
+        queue.root.task_done()
 
 
 async def _collect(
