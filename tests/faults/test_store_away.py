@@ -31,8 +31,8 @@ PORT = 7
 LEASE = 15.0
 TURNS = 4.0
 """Seconds for an election, a watch and a kernel."""
-SOON = 5.0
-"""Seconds until all hosts know what was done while the store was away."""
+SOON = 12.0
+"""Seconds until all hosts know what was done while the store was away, if loaded."""
 READY = 7.0
 """Seconds in which a loaded machine does what takes two or three on another."""
 DEAD = 30.0
