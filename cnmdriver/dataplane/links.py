@@ -11,6 +11,7 @@ costs more than all the rest, and a VXLAN device has its UDP socket where it was
 
 import asyncio
 import errno
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -42,6 +43,8 @@ class Links:
         self._outer = host.netlink
         self._mark = mark
         self._namespace = namespace
+        self._known: dict[int, str] = {}
+        """Names by index: a device stays ours when a stranger takes its marks off."""
 
     async def apply(self, ops: Plan, undo: Undo) -> None:
         """Make each device, or make the one that is there as wanted."""
@@ -69,6 +72,7 @@ class Links:
     async def devices(self, wanted: Plan) -> Plan:
         """Return our devices, bridges first."""
         links = await self._netlink.links(GROUP)
+        await self._learn(links)
         far = await self._outer.links(GROUP) if self._is_elsewhere else ()
         at = {link.index: link for link in links}
         ends = {(link.beyond, link.index): link for link in far if link.kind == "veth"}
@@ -90,6 +94,14 @@ class Links:
         return tuple(
             replace(op, where=self._place.name) for op in sorted(found, key=_rank)
         )
+
+    async def _learn(self, links: Iterable[Link]) -> None:
+        marked = {link.index: link.name for link in links if self._is_marked(link)}
+        for index in self._known.keys() - marked.keys():
+            # The kernel gives no index twice while a namespace lives.
+            if await self._netlink.link_at(index) is None:
+                self._known.pop(index, None)
+        self._known |= marked
 
     async def foreign(self) -> tuple[tuple[str, str], ...]:
         """Return name and alias of devices that another host of pynet's marked."""
@@ -122,8 +134,9 @@ class Links:
         return self._netlink is not self._outer
 
     def _is_ours(self, link: Link) -> bool:
-        marked = link.alias.startswith(self._mark)
-        return marked or (link.group == GROUP and not link.alias)
+        if link.alias:
+            return link.alias.startswith(self._mark)
+        return link.group == GROUP or self._known.get(link.index) == link.name
 
     def _is_marked(self, link: Link) -> bool:
         if link.alias:

@@ -156,7 +156,7 @@ STORY = (
             does(
                 "h2",
                 "pynet ipam ls | grep -E 'STATE|10.1.*bound'",
-                r"10\.1\.0\.3 .* client(?s:.*)10\.1\.0\.4 ",
+                r"10\.1\.0\.2 (?s:.*)10\.1\.0\.\d+ .* client ",
             ),
         ),
     ),

@@ -307,7 +307,8 @@ def divide(change: Change) -> tuple[Change, list[str]]:
             f"a change of {len(puts)} writes and {len(change.expect)} expectations is "
             f"too large for etcd, which takes {MOST} in one; nothing was written"
         )
-    free = iter(sorted(change.deletes - guarded))
+    # Backwards: addresses go before the pools that they are found by.
+    free = iter(sorted(change.deletes - guarded, reverse=True))
     fitting: Iterable[str] = islice(free, MOST - len(puts) - len(guarded))
     deletes = guarded.union(fitting)
     return Change(expect=change.expect, puts=puts, deletes=deletes), list(free)
