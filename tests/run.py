@@ -21,7 +21,7 @@ from xml.etree import ElementTree as ET
 TESTS = Path(__file__).parent
 LIMIT = 1800
 """Seconds for one suite."""
-WORKERS = 3
+WORKERS = 2
 NO_TESTS = 5
 """pytest's exit code when there was nothing to run."""
 
