@@ -159,7 +159,31 @@ class Hosts:
         for host in away if self.site.state.away is None else ():
             if view.get(Kept, records.kept(host)) is None:
                 log.warning("host.dead", host=claims.host_name(view, host), id=host)
-                await self.site.state.commit(partial(bury, host=host, blocks=True))
+                await self.bury(host, gone=partial(is_dead, host=host), blocks=True)
+
+    async def bury(
+        self, host: str, *, gone: Callable[[Draft], bool], blocks: bool
+    ) -> bool:
+        """
+        Delete all that a host has as long as it is `gone`; tell if it always was.
+
+        One network after the other, as a transaction is small, and at last the host: if
+        it is broken off, it can be begun again.
+        """
+        view, commit = self.site.view, self.site.state.commit
+        networks = [m.network for m in view.all(Member, "members/") if m.host == host]
+        acts = [partial(expel, host=host, network=n, blocks=blocks) for n in networks]
+        for act in (*acts, partial(strike, host=host, blocks=blocks)):
+
+            def decide(draft: Draft, act: Callable[[Draft], None] = act) -> bool:
+                if gone(draft):
+                    act(draft)
+                    return True
+                return False
+
+            if not await commit(decide):
+                return False
+        return True
 
     async def remove(self, name: str, *, force: bool) -> str:
         """
@@ -181,7 +205,15 @@ class Hosts:
         away = time.monotonic() - self.away.get(host.id, math.inf)
         kept = self.site.view.get(Kept, records.kept(host.id)) is not None
         still = force or (kept and away < self.dead_after / 2)
-        await self.site.state.commit(partial(bury, host=host.id, blocks=not still))
+
+        def gone(draft: Draft) -> bool:
+            return force or draft.get(Alive, records.alive(host.id)) is None
+
+        if not await self.bury(host.id, gone=gone, blocks=not still):
+            raise Conflict(
+                f"host {host.name} came back while it was removed; it publishes again "
+                "what it has"
+            )
         log.warning("host.removed", host=host.name, id=host.id, blocks=not still)
         return (
             f"its blocks of addresses stay closed until it has been away for "
@@ -214,25 +246,42 @@ def present(view: View, host: str) -> bool:
     return view.get(Alive, records.alive(host)) is not None
 
 
-def bury(draft: Draft, host: str, *, blocks: bool) -> None:
-    """Delete all that a host has, with networks it was the last member of."""
-    draft.get(Alive, records.alive(host))
-    kept = records.kept(host)
-    if blocks and draft.get(Kept, kept) is not None:
-        draft.delete(kept)
+def is_dead(draft: Draft, host: str) -> bool:
+    """Tell whether a host has been away for too long, also when this is written."""
+    alive = draft.get(Alive, records.alive(host))
+    return alive is None and draft.get(Kept, records.kept(host)) is None
+
+
+def expel(draft: Draft, host: str, network: str, *, blocks: bool) -> None:
+    """Delete a host's part in a network, and that if it was the last member."""
+    member = draft.get(Member, records.member(network, host))
+    if member is None:
+        return
+    lay_off(draft, host, f"endpoints/{network}/")
+    for pool in draft.all(Pool, "pools/"):
+        if pool.network == network or claims.claimed(member, pool):
+            claims.vacate(draft, host, pool, blocks=blocks)
+    draft.delete(records.member(network, host))
+    claims.prune(draft, network)
+
+
+def strike(draft: Draft, host: str, *, blocks: bool) -> None:
+    """Delete a host that has a part in no network, and what it left behind."""
+    lay_off(draft, host, "endpoints/")
+    for pool in draft.all(Pool, "pools/"):
+        claims.vacate(draft, host, pool, blocks=blocks)
     for key in (records.host(host), records.alive(host), records.fence(host)):
         draft.delete(key)
     draft.delete(records.watermark(host))
-    for key, endpoint in list(draft.pairs("endpoints/")):
+    if blocks:
+        draft.delete(records.kept(host))
+
+
+def lay_off(draft: Draft, host: str, prefix: str) -> None:
+    """Delete a host's endpoints."""
+    for key, endpoint in list(draft.pairs(prefix)):
         if isinstance(endpoint, Endpoint) and endpoint.host == host:
             draft.delete(key)
-    pools = draft.all(Pool, "pools/")
-    for pool in pools:
-        claims.vacate(draft, host, pool, blocks=blocks)
-    for member in draft.all(Member, "members/"):
-        if member.host == host:
-            draft.delete(records.member(member.network, host))
-            claims.prune(draft, member.network)
 
 
 def placed(host: Host, found: Underlay) -> Host:

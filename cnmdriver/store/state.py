@@ -43,7 +43,7 @@ from cnmdriver.store.base import (
 )
 from cnmdriver.store.local import LocalDatabase
 from cnmdriver.store.session import Session, UsurpedError
-from cnmdriver.store.view import Draft, View
+from cnmdriver.store.view import Draft, View, Word
 
 T = TypeVar("T")
 Step = Callable[[str], Awaitable[None]]
@@ -116,11 +116,12 @@ class State:
         self.unkept = asyncio.Event()
         """Set while the snapshot is behind the view."""
         self.behind = True
-        """Whether the outbox may hold what is not in the store yet."""
-        self.replaying = asyncio.Lock()
+        """Whether there may be an outbox to empty."""
+        self.recollected = False
+        """Whether the view has what an earlier life left in the outbox."""
         self.unsaved: list[Change] = []
         """What not even the outbox took; oldest first."""
-        self.saving = asyncio.Lock()
+        self.saving, self.replaying = asyncio.Lock(), asyncio.Lock()
         self.unsettled: int | None = None
         """The latest fence that a commit expected whose outcome is not known yet."""
         self.rewound = False
@@ -133,8 +134,7 @@ class State:
         self.away = "it has not answered since pynet was started"
         kept = await self.local.snapshot()
         self.view.restore(kept.items, kept.revision)
-        for _, change in await self.local.pending():
-            self.foresee(change)
+        await self.recollect()
         self.informed = bool(kept.items)
         if self.session is not None:
             self.session.recall(await self.local.fact(CONTACT))
@@ -440,62 +440,93 @@ class State:
         Raises StoreError if it `must` outlive this process and cannot. Nothing may stop
         a removal, not even a full disk: that is remembered as long as we live.
         """
-        self.behind = True
-        if must:
-            await self.save()
-            await self.local.remember(change)
-        self.foresee(change)
         if not must:
+            self.foresee(change)
             self.unsaved.append(change)
             with contextlib.suppress(StoreError):
-                await self.save()
+                async with self.saving:
+                    await self.save()
+            return
+        async with self.saving:
+            await self.save()
+            try:
+                await self.local.remember(change)
+            except asyncio.CancelledError:
+                # It may be written, and its caller takes it back.
+                self.foresee(change)
+                raise
+            self.foresee(change)
 
     def foresee(self, change: Change) -> None:
         """Let the view know what the store will when it is back."""
-        for key in change.written():
-            seen = self.view.written.get(key, self.view.listed)
-            self.view.write(key, change.puts.get(key), seen + 1, ours=True)
+        for key in sorted(change.written()):
+            self.view.foresee(key, change.puts.get(key))
+        self.behind = True
         self.unkept.set()
 
     async def save(self) -> None:
         """Write into the outbox what could not be written there before."""
-        async with self.saving:
-            while self.unsaved:
-                await self.local.remember(self.unsaved[0])
-                del self.unsaved[0]
+        while self.unsaved:
+            await self.local.remember(self.unsaved[0])
+            del self.unsaved[0]
+
+    async def recollect(self) -> None:
+        """Let the view know what an earlier life has left in the outbox."""
+        for _, change in await self.local.pending():
+            self.foresee(change)
+        self.recollected = True
 
     async def replay(self) -> None:
-        """Write what the outbox holds, oldest first."""
-        async with self.replaying:
-            await self.save()
-            while entries := await self.local.pending():
-                for change in merged([change for _, change in entries]):
-                    await self.repeat(change)
-                await self.local.done(entries[-1][0])
-            # A removal may have been deferred since the last look.
-            self.behind = bool(self.unsaved)
+        """
+        Write what the store has yet to hear, and empty the outbox.
 
-    async def repeat(self, change: Change) -> None:
-        """Write an entry of the outbox, until it surely is in the store."""
+        The outbox is for the next life; in this one the view knows each last word.
+        """
+        async with self.replaying:
+            if not self.recollected:
+                await self.recollect()
+            while self.behind:
+                async with self.saving:
+                    # No entry is made meanwhile of which the view does not know.
+                    entries = await self.local.pending()
+                    ahead = dict(self.view.ahead)
+                for part in parts(ahead):
+                    await self.repeat(part)
+                async with self.saving:
+                    if entries:
+                        await self.local.done(entries[-1][0])
+                    left = self.view.ahead.keys()
+                    self.unsaved = [c for c in self.unsaved if c.written() & left]
+                    self.behind = bool(left)
+
+    async def repeat(self, words: Mapping[str, Word]) -> None:
+        """Write what the store has yet to hear, until it surely has."""
         for _ in range(TRIES):
-            left = self.fenced(await self.still_ours(change))
+            left = await self.still_ours(words)
+            if not left:
+                return
+            change = self.fenced(left)
             try:
-                await self.end(left)
+                revision = await self.send(change)
             except RaceLostError as race:
-                self.learn(race, left)
+                self.learn(race, change)
             except (UnknownOutcomeError, RewoundError):
                 await self.settle()
             else:
+                for key in left.written():
+                    self.view.confirm(key, words[key], words[key].value, revision)
+                self.unkept.set()
                 return
         raise StoreError("lost 50 races for what is deferred; try again")
 
-    async def still_ours(self, change: Change) -> Change:
+    async def still_ours(self, words: Mapping[str, Word]) -> Change:
         """
-        Return what of an entry no other host has taken since, and expect that.
+        Return the transaction of what no other host has taken since.
 
         An address that was given back, or that others freed while this host was away,
         may be another's by now. A host that is alone need not look.
         """
+        change = spoken(words)
         if self.session is None:
             return change
         if not self.session.revision:
@@ -506,12 +537,22 @@ class State:
             key: one.items.get(key) for key, one in zip(keys, listings, strict=True)
         }
         items = {key: item for key, item in found.items() if item is not None}
-        self.hear((k, i.value, i.revision) for k, i in items.items())
-        left = [k for k in keys if not is_anothers(k, items.get(k), host)]
-        for key in [k for k in left if self.is_late(k, change.puts.get(k))]:
+        before = self.view.turns
+        left = []
+        for key in keys:
+            item = items.get(key)
+            if item is not None and is_anothers(key, item, host):
+                self.view.confirm(key, words[key], item.value, item.revision)
+            else:
+                left.append(key)
+        for key in [k for k in left if self.is_late(k, words[k].value)]:
             # It is reported as long as it stays, and published by nobody.
-            self.view.miss(key)
+            if self.view.heard(key, words[key]):
+                self.view.miss(key)
             left.remove(key)
+        if self.view.turns != before:
+            self.unkept.set()
+            self.changed()
         return Change(
             expect={k: items[k].revision if k in items else 0 for k in left},
             puts={k: v for k, v in change.puts.items() if k in left},
@@ -623,27 +664,31 @@ def interval() -> float:
     return RELIST * random.uniform(*SPREAD)  # noqa: S311  nobody gains by guessing it
 
 
-def merged(changes: Iterable[Change]) -> list[Change]:
+def parts(ahead: Mapping[str, Word]) -> list[dict[str, Word]]:
     """
-    Return what changes come to, in the order of each key's last write.
+    Divide what the store has yet to hear into what it takes at once.
 
-    In parts that the store takes at once: each is of this host's own records, which
-    nobody else looks at together.
+    Each is of this host's own records, which nobody else looks at together. But an
+    endpoint goes before its addresses are free, and comes when they are surely ours.
     """
-    last: dict[str, bytes | None] = {}
-    for change in changes:
-        for key in change.written():
-            last.pop(key, None)
-            last[key] = change.puts.get(key)
-    keys = list(last)
-    parts = (keys[i : i + BATCH] for i in range(0, len(keys), BATCH))
-    return [
-        Change(
-            puts={k: v for k in part if (v := last[k]) is not None},
-            deletes=frozenset(k for k in part if last[k] is None),
-        )
-        for part in parts
-    ]
+
+    def rank(key: str) -> int:
+        if not key.startswith("endpoints/"):
+            return 1
+        return 0 if ahead[key].value is None else 2
+
+    keys = sorted(ahead, key=rank)
+    groups = (keys[i : i + BATCH] for i in range(0, len(keys), BATCH))
+    return [{key: ahead[key] for key in group} for group in groups]
+
+
+def spoken(words: Mapping[str, Word]) -> Change:
+    """Return the transaction that tells the store."""
+    values = {key: word.value for key, word in words.items()}
+    return Change(
+        puts={k: v for k, v in values.items() if v is not None},
+        deletes=frozenset(k for k, v in values.items() if v is None),
+    )
 
 
 def own(change: Change) -> Change:
@@ -654,10 +699,8 @@ def own(change: Change) -> Change:
     )
 
 
-def is_anothers(key: str, item: Item | None, host: str) -> bool:
+def is_anothers(key: str, item: Item, host: str) -> bool:
     """Tell whether what is stored under a key belongs to another host."""
-    if item is None:
-        return False
     with contextlib.suppress(StoreError):
         return getattr(records.decode(key, item.value), "host", host) != host
     return False

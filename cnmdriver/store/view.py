@@ -35,6 +35,13 @@ class Known:
     revision: int
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Word:
+    """What this host says of a key and the store has yet to hear; equal to no other."""
+
+    value: bytes | None
+
+
 class Feed:
     """What changed of a view since somebody last asked; watermarks are left out."""
 
@@ -74,6 +81,8 @@ class View:
         self.malformed: dict[str, str] = {}
         self.missing: set[str] = set()
         """Keys that the store lacks: known to us, and to be published again."""
+        self.ahead: dict[str, Word] = {}
+        """Keys of which this host had the last word and the store has not heard it."""
         self.turns = 0
         """Counts what was news, but for watermarks."""
         self.feeds: list[Feed] = []
@@ -129,15 +138,53 @@ class View:
         self, key: str, value: bytes | None, revision: int, *, ours: bool = False
     ) -> bool:
         """
-        Take in what the store says of a key; older news than known changes nothing.
+        Take in what the store says of a key, and tell if that counts.
 
-        A value that is not a record is noted in `malformed` and left out. What is not
-        `ours` does not end a record that only this host may end.
+        Older news than known changes nothing, nor does any where this host had the last
+        word. What is not `ours` does not end a record that only this host may end.
         """
+        if key in self.ahead:
+            return False
         # What a listing lacks was gone by then: older news of it comes late.
         late = revision <= self.written.get(key, self.listed)
         if late and not (ours and key in self.missing):
             return False
+        self.accept(key, value, revision, ours=ours)
+        return True
+
+    def foresee(self, key: str, value: bytes | None) -> None:
+        """
+        Take in what the store is yet to be told.
+
+        The revision stays as it was: one that the store never gave would hide its news.
+        """
+        # The latest word is the last.
+        self.ahead.pop(key, None)
+        self.ahead[key] = Word(value)
+        self.accept(key, value, self.written.get(key, self.listed), ours=True)
+
+    def heard(self, key: str, word: Word) -> bool:
+        """Listen to the store again on a key; False if there is a later word."""
+        if self.ahead.get(key) is not word:
+            return False
+        del self.ahead[key]
+        return True
+
+    def confirm(self, key: str, word: Word, value: bytes | None, revision: int) -> bool:
+        """Take in how the store answered to a word; False if there is a later one."""
+        if not self.heard(key, word):
+            return False
+        self.accept(key, value, revision, ours=True)
+        return True
+
+    def accept(
+        self, key: str, value: bytes | None, revision: int, *, ours: bool
+    ) -> None:
+        """
+        Let a key be so, whatever was known of it.
+
+        A value that is not a record is noted in `malformed` and left out.
+        """
         self.written[key] = revision
         self.revision = max(self.revision, revision)
         self.malformed.pop(key, None)
@@ -152,7 +199,6 @@ class View:
             self.turns += 1
             for feed in self.feeds:
                 feed.add(key)
-        return True
 
     def read(self, key: str, value: bytes | None, revision: int) -> Known | None:
         """Read a stored value; one that is no record is noted."""
@@ -243,8 +289,7 @@ class View:
         # What a network has goes only after this host's part in it has.
         for key in sorted(self.lacking(listed), key=stands):
             if self.written.get(key, 0) <= revision:
-                after = max(revision, self.written.get(key, 0) + 1)
-                self.write(key, None, after)
+                self.accept(key, None, revision, ours=False)
         for key, item in listed.items():
             self.write(key, item.value, item.revision)
         self.revision = max(self.revision, revision)
@@ -256,12 +301,16 @@ class View:
         return self.turns != before
 
     def lacking(self, listed: Mapping[str, Item]) -> list[str]:
-        """Return the keys we know that a listing lacks, but for those missing."""
+        """
+        Return the keys we know that a listing lacks.
+
+        But for those missing, and those that the store has yet to hear of.
+        """
         return [
             key
             for keys in self.order.values()
             for key in keys
-            if key not in listed and key not in self.missing
+            if not (key in listed or key in self.missing or key in self.ahead)
         ]
 
     def forget_revisions(self, listed: Mapping[str, Item]) -> None:

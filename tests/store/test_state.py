@@ -16,7 +16,7 @@ from cnmdriver.store.base import Change, Event, Item, Lease, Listing, RewoundErr
 from cnmdriver.store.local import LocalDatabase
 from cnmdriver.store.sqlite import SqliteStore
 from cnmdriver.store.state import State
-from cnmdriver.store.view import Draft
+from cnmdriver.store.view import Draft, Word
 from tests.store.doors import Moody
 
 NET = ip_network("10.1.0.0/24")
@@ -510,14 +510,153 @@ async def test_a_removal_during_a_replay(one):
     deferring: list[asyncio.Task[None]] = []
     await one.state.commit(putting(ADDRESS, RESERVED))
     one.local.pending = looked
-    await one.state.replay()
+    one.state.behind = True
+    with pytest.raises(StoreError):
+        await one.state.replay()
     await deferring[0]
+    assert one.state.behind
     one.store.away = False
     await one.state.commit(putting(ADDRESS, replace(RESERVED, name="next")))
     assert await one.local.pending() == []
     await one.state.relist()
     found = one.state.view.get(Reservation, ADDRESS)
     assert found == replace(RESERVED, name="next")
+
+
+async def test_an_entry_made_during_a_replay(one):
+    """What is remembered after the look at an empty outbox is written all the same."""
+    pending = one.local.pending
+
+    async def looked() -> list[tuple[int, Change]]:
+        found = await pending()
+        one.local.pending = pending
+        change = Change(puts={"members/n/h": records.encode(MEMBER)})
+        deferring.append(asyncio.create_task(one.state.defer(change, must=True)))
+        await asyncio.sleep(0.05)
+        return found
+
+    deferring: list[asyncio.Task[None]] = []
+    one.local.pending = looked
+    one.state.behind = True
+    await one.state.replay()
+    await deferring[0]
+    await one.state.remove(deleting("members/n/h"))
+    await one.state.catch_up()
+    assert await one.keys() == []
+    assert one.state.view.get(Member, "members/n/h") is None
+    assert await one.local.pending() == []
+
+
+async def test_a_word_that_comes_during_the_replay(one):
+    """What is deferred while an older word is being written is the last word."""
+    one.store.away = True
+    await one.state.remove(putting("members/n/h", MEMBER))
+    one.store.away = False
+    commit = one.store.commit
+
+    async def once(change: Change, lease: Lease | None = None) -> int:
+        one.store.commit = commit
+        revision = await commit(change, lease)
+        await one.state.defer(Change(deletes=frozenset({"members/n/h"})))
+        return revision
+
+    one.store.commit = once
+    await one.state.replay()
+    assert await one.keys() == []
+    assert one.state.view.get(Member, "members/n/h") is None
+    assert await one.local.pending() == []
+    assert not one.state.behind
+
+
+async def test_a_key_written_often_is_heard_of_again(one, two):
+    """However often a key was written without the store, its news counts afterwards."""
+    one.store.away = True
+    for number in range(10):
+        named = replace(RESERVED, name=str(number))
+        await one.state.remove(putting(ADDRESS, named))
+    assert one.state.view.get(Reservation, ADDRESS) == named
+    one.store.away = False
+    await one.state.catch_up()
+    assert (await one.items())[ADDRESS].revision == one.state.view.seen(ADDRESS)
+    await two.state.relist()
+    await two.state.commit(deleting(ADDRESS))
+    await one.state.relist()
+    assert one.state.view.get(Reservation, ADDRESS) is None
+
+
+async def test_the_last_word_stands_until_the_store_has_it(one, two):
+    """Whatever others write meanwhile, the view has what this host will write."""
+    await one.state.commit(putting("members/n/h", MEMBER))
+    await two.state.relist()
+    wanted = replace(MEMBER, claims=("mine",))
+    one.store.away = True
+    await one.state.remove(putting("members/n/h", wanted))
+    one.store.away = False
+    await two.state.commit(deleting("members/n/h"))
+    await one.state.relist()
+    assert one.state.view.get(Member, "members/n/h") == wanted
+    await one.state.replay()
+    await one.state.relist()
+    assert one.state.view.get(Member, "members/n/h") == wanted
+    assert await one.keys() == ["members/n/h"]
+
+
+async def test_an_outbox_that_cannot_be_emptied(one):
+    """What the disk does not forget is not written a second time over newer records."""
+    await one.state.commit(putting(ADDRESS, RESERVED))
+    one.store.away = True
+    await one.state.remove(deleting(ADDRESS))
+    one.store.away = False
+    done = one.local.done
+
+    async def refused(number: int) -> None:
+        one.local.done = done
+        raise StoreError("the disk is full")
+
+    one.local.done = refused
+    with pytest.raises(StoreError, match="disk"):
+        await one.state.replay()
+    assert one.state.behind
+    one.store.commits.clear()
+    await one.state.commit(putting(ADDRESS, replace(RESERVED, name="next")))
+    assert [sorted(c.deletes) for c in one.store.commits] == [[]]
+    assert await one.keys() == [ADDRESS]
+    assert await one.local.pending() == []
+
+
+async def test_a_deferral_that_is_cancelled(one):
+    """Who is cancelled while the outbox is written finds in the view what may be there."""
+    remember, begun = one.local.remember, asyncio.Event()
+
+    async def slow(change: Change) -> int:
+        number = await remember(change)
+        begun.set()
+        await asyncio.sleep(60)
+        return number
+
+    one.local.remember = slow
+    change = Change(puts={"members/n/h": records.encode(MEMBER)})
+    task = asyncio.create_task(one.state.defer(change, must=True))
+    await begun.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    one.local.remember = remember
+    assert one.state.view.get(Member, "members/n/h") == MEMBER
+    await one.state.remove(deleting("members/n/h"))
+    assert await one.keys() == []
+    assert await one.local.pending() == []
+
+
+def test_endpoints_go_first_and_come_last():
+    """Of many words, endpoints that go are told first, and those that come last."""
+    ahead = {f"endpoints/n/new{n}": Word(b"x") for n in range(state.BATCH)}
+    ahead |= {f"addresses/s/{n}": Word(b"x") for n in range(state.BATCH)}
+    ahead |= {f"endpoints/n/old{n}": Word(None) for n in range(state.BATCH)}
+    gone, others, come = state.parts(ahead)
+    assert {key[:15] for key in gone} == {"endpoints/n/old"}
+    assert {key[:10] for key in others} == {"addresses/"}
+    assert {key[:15] for key in come} == {"endpoints/n/new"}
 
 
 async def test_a_deferred_removal_is_logged(one):

@@ -199,6 +199,31 @@ def test_a_listing_forgets_deletions(view):
     assert view.written == {"hosts/b": 5}
 
 
+def test_what_a_listing_ended_can_come_back(view):
+    """A record that a listing lacks is gone as of then: the next news counts."""
+    view.replace([("hosts/a", item(host("a"), 3))], 5)
+    assert view.get(Host, "hosts/b") is None
+    assert write(view, "hosts/b", host("b", "new"), 6)
+    assert view.get(Host, "hosts/b") == host("b", "new")
+
+
+def test_the_last_word(view):
+    """News of a key counts again when the store has answered to the last word on it."""
+    view.foresee("hosts/a", records.encode(host("a", "old")))
+    first = view.ahead["hosts/a"]
+    view.foresee("hosts/a", records.encode(host("a", "mine")))
+    last = view.ahead["hosts/a"]
+    assert not write(view, "hosts/a", host("a", "theirs"), 9)
+    view.replace([("hosts/b", item(host("b"), 5))], 10)
+    assert view.get(Host, "hosts/a") == host("a", "mine")
+    assert not view.confirm("hosts/a", first, first.value, 11)
+    assert not write(view, "hosts/a", None, 12)
+    assert view.confirm("hosts/a", last, last.value, 13)
+    assert view.seen("hosts/a") == 13
+    assert write(view, "hosts/a", None, 14)
+    assert view.get(Host, "hosts/a") is None
+
+
 def test_where_a_watch_starts(view):
     """Own writes do not move the place behind which news of others is missing."""
     assert view.listed == 0

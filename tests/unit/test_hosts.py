@@ -3,16 +3,29 @@
 import asyncio
 import logging
 from dataclasses import replace
-from ipaddress import ip_address
+from functools import partial
+from ipaddress import ip_address, ip_network
 
 import pytest
 import structlog
 
 from cnmdriver.driver import hosts as module
-from cnmdriver.driver.hosts import Hosts, refuse, watermarks
+from cnmdriver.driver.hosts import Hosts, is_dead, refuse, watermarks
 from cnmdriver.errors import Conflict, InvalidParameter, StoreError
-from cnmdriver.model import Alive, Host, Underlay, Watermark
+from cnmdriver.model import (
+    Alive,
+    Host,
+    Member,
+    Network,
+    Pool,
+    Reservation,
+    Subnet,
+    Underlay,
+    Vni,
+    Watermark,
+)
 from cnmdriver.store import records
+from cnmdriver.store.etcd.store import divide
 from tests.fakes import cluster, ended, level
 
 OTHER = Host(
@@ -336,3 +349,92 @@ async def test_watermarks(rigs):
         *((records.watermark(h), Watermark(revision=n)) for n, h in enumerate("ab", 5)),
     )
     assert watermarks(view) == {"a": 5, "b": 6}
+
+
+# Hosts that are gone.
+
+
+def estate(host, count):
+    """Return what a dead host had in networks of its own."""
+    yield records.host(host.id), host
+    for number in range(count):
+        net, cidr = f"{number:012x}", ip_network(f"10.1.{number}.0/24")
+        gateway, ip = cidr[1], cidr[2]
+        subnet = Subnet(space="local", pool=cidr, gateway=gateway)
+        vni = 10_000_000 + number
+        yield (
+            records.network(net),
+            Network(id=net, mode="overlay", subnets=(subnet,), mtu=1450, vni=vni),
+        )
+        yield records.vni(vni), Vni(network=net)
+        yield (
+            records.pool("local", cidr),
+            Pool(space="local", cidr=cidr, network=net, claimed=True),
+        )
+        held = Reservation(
+            space="local", cidr=cidr, ip=ip, host=host.id, bound=True, endpoint="e"
+        )
+        yield records.address("local", cidr, ip), held
+        yield (
+            records.address("local", cidr, gateway),
+            replace(held, ip=gateway, endpoint="", gateway=True),
+        )
+        member = Member(
+            network=net,
+            host=host.id,
+            docker_id=f"{number:064x}",
+            bridge="b",
+            claims=(f"local/{cidr}",),
+        )
+        yield records.member(net, host.id), member
+
+
+def after(rig, act):
+    """Do something when a host has committed once; return all that it commits."""
+    commit, sent = rig.state.store.commit, []
+
+    async def noted(change, lease=None):
+        revision = await commit(change, lease)
+        sent.append(change)
+        if len(sent) == 1:
+            await act()
+        return revision
+
+    rig.state.store.commit = noted
+    return sent
+
+
+async def test_a_dead_host_of_many_networks(rigs, one):
+    """What a host had in seventy networks goes in transactions that etcd takes."""
+    await level(*rigs)
+    before = dict(rigs[1].records)
+    await write(rigs[1], *estate(OTHER, 70))
+    sent = after(rigs[0], noop)
+    assert await one.remove("h3", force=False) == "its blocks of addresses are free"
+    assert len(sent) == 71
+    assert [divide(change)[1] for change in sent] == [[]] * 71
+    await level(*rigs)
+    assert dict(rigs[1].records) == before
+
+
+async def noop():
+    """Do nothing."""
+
+
+@pytest.mark.parametrize("by", ["hand", "age"])
+async def test_a_host_that_comes_back_is_not_buried(rigs, one, by):
+    """A host that is there again in the middle of its removal keeps the rest."""
+    await write(rigs[1], *estate(OTHER, 3))
+    await level(*rigs)
+    after(rigs[0], lambda: write(rigs[1], *alive(OTHER)))
+    if by == "hand":
+        with pytest.raises(Conflict, match="host h3 came back while it was removed"):
+            await one.remove("h3", force=False)
+    else:
+        gone = partial(is_dead, host=OTHER.id)
+        assert not await one.bury(OTHER.id, gone=gone, blocks=True)
+    await level(*rigs)
+    view = rigs[1].state.view
+    assert view.get(Host, records.host(OTHER.id)) == OTHER
+    members = view.all(Member, "members/")
+    assert sum(member.host == OTHER.id for member in members) == 2
