@@ -904,7 +904,9 @@ async def test_the_leader_stops_amid_commits(tmp_path):
         async with members(tmp_path, "a", cluster, leader) as a:
             names = [f"hosts/{n}" for n in range(120)]
             works = [asyncio.create_task(a.state.commit(counting(k))) for k in names]
-            await asyncio.sleep(0.01)
+            # The rest is on its way.
+            while not a.store.commits:
+                await asyncio.sleep(0)
             leader.stop()
             begin = session.clock()
             try:
