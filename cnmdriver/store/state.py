@@ -378,6 +378,9 @@ class State:
                 # Nobody else will ask how it ended.
                 writing.exception()
             raise
+        if change.deletes:
+            # Whoever begins with an older snapshot would publish again what is gone.
+            await self.keep()
         await self.step("commit.after")
 
     async def end(self, change: Change) -> None:
@@ -492,6 +495,8 @@ class State:
                     ahead = dict(self.view.ahead)
                 for part in parts(ahead):
                     await self.repeat(part)
+                # What the outbox forgets the snapshot has.
+                await self.keep()
                 async with self.saving:
                     if entries:
                         await self.local.done(entries[-1][0])

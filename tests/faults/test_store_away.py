@@ -35,7 +35,7 @@ SOON = 12.0
 """Seconds until all hosts know what was done while the store was away, if loaded."""
 READY = 7.0
 """Seconds in which a loaded machine does what takes two or three on another."""
-AHEAD = 3.0
+AHEAD = 6.0
 """Seconds until a host has blocks in advance again."""
 DEAD = 30.0
 CONNECTS = 100

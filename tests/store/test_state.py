@@ -659,6 +659,16 @@ def test_endpoints_go_first_and_come_last():
     assert {key[:15] for key in come} == {"endpoints/n/new"}
 
 
+async def test_what_is_removed_does_not_come_back(one):
+    """When a removal is over, so is it in the snapshot that a killed daemon leaves."""
+    one.store.shared = True
+    await one.state.commit(putting("members/n/h", MEMBER))
+    await one.state.keep()
+    assert "members/n/h" in (await one.local.snapshot()).items
+    await one.state.commit(deleting("members/n/h"))
+    assert "members/n/h" not in (await one.local.snapshot()).items
+
+
 async def test_a_deferred_removal_is_logged(one):
     """A removal that had to wait is told once, with its keys and why."""
     one.store.away = True
