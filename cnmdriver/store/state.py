@@ -656,7 +656,8 @@ class State:
     def items(self, keys: Iterable[str]) -> dict[str, Item | None]:
         """Return what the view has under keys, as the store would."""
         found: dict[str, Item | None] = {}
-        for key in keys:
+        # A key that is no text never was a record's, and the file cannot name it.
+        for key in filter(is_text, keys):
             record = self.view.get(object, key)
             found[key] = None if record is None else Item(
                 value=records.encode(record), revision=self.view.seen(key)
@@ -667,6 +668,11 @@ class State:
 def interval() -> float:
     """Return the seconds until everything is read anew."""
     return RELIST * random.uniform(*SPREAD)  # noqa: S311  nobody gains by guessing it
+
+
+def is_text(key: str) -> bool:
+    """Tell whether a key of the store is UTF-8."""
+    return key.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in key)
 
 
 def parts(ahead: Mapping[str, Word]) -> list[dict[str, Word]]:
