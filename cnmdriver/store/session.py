@@ -44,6 +44,8 @@ REST = 2.0
 """Seconds a clean stop may take."""
 REKEPT = 3600.0
 """Seconds, at most, between two renewals of the long lease."""
+OFTEN = 8
+"""Renewals, at least, in its time: half of that is what a host may be alone for."""
 
 log = structlog.get_logger()
 
@@ -180,7 +182,7 @@ class Session:
             await self.open()
             return
         self.deadline = sent + self.ttl
-        if sent >= self.long_kept + min(self.keep / 3, REKEPT):
+        if sent >= self.long_kept + min(self.keep / OFTEN, REKEPT):
             await self.keep_long()
 
     async def rest(self) -> None:
@@ -240,14 +242,16 @@ class Session:
         """Say that we are, to those who asked."""
         if not self.knocks:
             return
-        log.warning("session.knocked", instances=sorted(self.knocks))
-        self.knocks.clear()
+        heard = frozenset(self.knocks)
+        log.warning("session.knocked", instances=sorted(heard))
         change = Change(
             expect=self.expect(),
             puts={records.alive(self.host): self.sign()},
             deletes=frozenset({records.knock(self.host)}),
         )
         await self.store.commit(change, self.lease)
+        # Only now: who was not answered is answered at the next turn.
+        self.knocks -= heard
 
     # The fence.
 
@@ -414,8 +418,14 @@ class Session:
                 self.long_kept = sent
                 return
         lease = await self.store.lease(self.keep)
-        key = records.kept(self.host)
-        await self.store.commit(Change(puts={key: records.encode(Kept())}), lease)
+        change = Change(puts={records.kept(self.host): records.encode(Kept())})
+        try:
+            await self.store.commit(change, lease)
+        except StoreError:
+            # Nobody would end it for a day.
+            with contextlib.suppress(StoreError):
+                await lease.revoke()
+            raise
         self.long, self.long_kept = lease, sent
 
     # Telling.

@@ -37,7 +37,7 @@ READY = 7.0
 """Seconds in which a loaded machine does what takes two or three on another."""
 AHEAD = 6.0
 """Seconds until a host has blocks in advance again."""
-DEAD = 30.0
+DEAD = 40.0
 CONNECTS = 100
 """On each of two hosts; besides them some containers are started and stopped."""
 

@@ -293,6 +293,48 @@ async def test_the_long_lease_is_taken_anew(one, quick):
     assert session.clock() - one.session.long_kept < 5
 
 
+async def test_no_long_lease_is_left_behind(one):
+    """A long lease whose key could not be written is ended, not left for a day."""
+    await one.session.long.lease.revoke()
+    given, lease = [], one.store.lease
+
+    async def noted(seconds):
+        given.append(await lease(seconds))
+        return given[-1]
+
+    async def refused(change, lease=None):
+        raise StoreError("the store is full")
+
+    one.store.lease = noted
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(one.store, "commit", refused)
+        with pytest.raises(StoreError, match="full"):
+            await one.session.keep_long()
+    assert len(given) == 1
+    with pytest.raises(StoreError):
+        await given[0].keep()
+    await one.session.keep_long()
+    assert await one.record("kept/one") == Kept()
+
+
+async def test_a_knock_is_answered_when_it_can_be(one):
+    """Who knocked while the store took nothing is answered at the next turn."""
+    one.session.hear(Knock(instance="other"))
+    commit = one.store.commit
+
+    async def refused(change, lease=None):
+        raise StoreError("the store is full")
+
+    one.store.commit = refused
+    with pytest.raises(StoreError, match="full"):
+        await one.session.answer()
+    one.store.commit = commit
+    before = await one.item("alive/one")
+    await one.session.answer()
+    after = await one.item("alive/one")
+    assert (after.revision > before.revision, one.session.knocks) == (True, set())
+
+
 async def test_the_long_lease_is_kept_rarely(one):
     """The long lease costs a round now and then, not each time."""
     before = one.session.long_kept
