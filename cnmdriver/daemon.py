@@ -150,7 +150,8 @@ class Daemon:
         )
         self.blocks = ipam.blocks
         self.authority: Authority | None = None
-        self.remotes.alarm = self.sync.wake
+        self.remotes.alarm = networks.doubts.alarm = self.sync.wake
+        networks.doubts.begin()
         self.driver = Path(settings.socket).stem
         self.plugin = api.runner(
             api.application(

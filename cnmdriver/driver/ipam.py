@@ -83,6 +83,9 @@ class Endpoints(Protocol):
     def released(self, network: str, ip: IPAddress) -> None:
         """Hear of the release."""
 
+    def doubt(self, docker_id: str) -> None:
+        """Have it looked up whether Docker has a network: it releases its pool."""
+
 
 class IpamDriver:
     """Gives out pools and addresses."""
@@ -242,6 +245,9 @@ class IpamDriver:
     async def release_pool(self, pool_id: str) -> None:
         """Give a claim back; what is not claimed is given back already."""
         pools.parse_id(pool_id)
+        for member in self.site.members():
+            if pool_id in member.claims:
+                self.endpoints.doubt(member.docker_id)
 
         def decide(draft: Draft) -> None:
             for member in draft.all(Member, "members/"):

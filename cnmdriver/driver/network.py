@@ -21,6 +21,7 @@ import structlog
 
 from cnmdriver.driver import claims, publishing
 from cnmdriver.driver.claims import Picker
+from cnmdriver.driver.doubts import Doubts
 from cnmdriver.driver.joining import Joining
 from cnmdriver.driver.publishing import Publisher
 from cnmdriver.driver.remotes import Remotes
@@ -63,6 +64,7 @@ class NetworkDriver:
         self.remotes = Remotes(site)
         self.publisher = Publisher(site)
         self.sandboxes = Sandboxes(site)
+        self.doubts = Doubts(site)
         self.locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self.creating = asyncio.Lock()
 
@@ -72,6 +74,11 @@ class NetworkDriver:
         lock = self.locks.setdefault(docker_id, asyncio.Lock())
         async with lock:
             yield
+
+    def is_busy(self, docker_id: str) -> bool:
+        """Tell whether a call is at work on a network."""
+        lock = self.locks.get(docker_id)
+        return lock is not None and lock.locked()
 
     # Networks.
 
@@ -92,6 +99,7 @@ class NetworkDriver:
         """
         wish = self.joining.read(docker_id, subnets, options, internal=internal)
         pickers = {4: Picker(), 6: Picker()}
+        self.doubts.end([docker_id])
         async with self.locked(docker_id):
             before = self.part(docker_id)
             try:
@@ -202,6 +210,10 @@ class NetworkDriver:
                 return False
             await self.erase(endpoint)
             return True
+
+    def doubt(self, docker_id: str) -> None:
+        """Have it looked up whether Docker has a network."""
+        self.doubts.add(docker_id)
 
     def released(self, network: str, ip: IPAddress) -> None:
         """Hear that Docker has released an address."""

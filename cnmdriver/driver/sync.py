@@ -42,6 +42,8 @@ LATER = 5.0
 """The same, after changes that may have been our own."""
 PAUSE = 2.0
 """Seconds before Docker is tried again when it did not answer."""
+DOUBT = 2.0
+"""Seconds that Docker's list must lack a network in doubt: it has a new one soon."""
 
 log = structlog.get_logger()
 
@@ -84,6 +86,7 @@ class Sync:
         """Seconds to look again after a difference; none before Docker can call."""
         self.lapsing = Patience(grace)
         self.missing = Patience(grace)
+        self.doubted = Patience(DOUBT)
         self.inventory: Inventory | None = None
         self.orphans: tuple[str, ...] = ()
         self.problems: tuple[str, ...] = ()
@@ -138,6 +141,7 @@ class Sync:
             # Of a store that was never reached nothing follows.
             return
         try:
+            await self.settle_doubts()
             await self.forget_removed()
             await self.forget_unused()
             await self.lapse()
@@ -253,6 +257,27 @@ class Sync:
         for name in gone & pools:
             log.warning("sync.pool_gone", pool=name)
             await self.ipam.release_pool(name)
+
+    async def settle_doubts(self) -> None:
+        """Remove networks in doubt that Docker has not; it is asked twice."""
+        doubts = self.networks.doubts
+        doubts.end(doubts.names - {m.docker_id for m in self.site.members()})
+        if not doubts.names or self.docker is None or not self.settle:
+            return
+        try:
+            # Of no driver: the list alone, and no endpoints.
+            have = await self.docker.inventory("")
+        except StoreError as error:
+            log.debug("docker.away", error=str(error))
+            return
+        doubts.end(have.networks)
+        lacking = {name for name in doubts.names if not self.networks.is_busy(name)}
+        for name in self.doubted.expired(lacking):
+            log.warning("sync.network_gone", network=name[:12])
+            await self.drop_network(name)
+            doubts.end([name])
+        if doubts.names:
+            asyncio.get_running_loop().call_later(DOUBT, self.wake)
 
     def idle_claims(self, have: Inventory) -> Iterator[str]:
         """Yield claims for networks of others that Docker's list has no subnet for."""

@@ -893,3 +893,83 @@ async def test_many_events_are_one_look(parts, docker, sync, door):
             events.streams[0].put_nowait(b"{}\n")
         await asyncio.sleep(0.3)
     assert 2 <= events.asked <= 3
+
+
+# Networks that Docker gave up.
+
+
+async def given_up(docker: Docker, name: str):
+    """Let Docker's side of a creation fail after ours; return what it forgot."""
+    net = await docker.create(name, "10.1.0.0/24")
+    del docker.nets[name]
+    await docker.give_back(net)
+    return net
+
+
+async def test_a_creation_that_docker_gave_up(parts, docker, sync, door, clock):
+    """A network that Docker's list still lacks when asked again goes, and soon."""
+    sync.docker, sync.settle = DockerApi(f"unix://{door}"), 0.01
+    await given_up(docker, RED)
+    assert parts.networks.doubts.names == {RED}
+    async with serving(Events(docker), door):
+        await sync.turn()
+        assert parts.networks.part(RED) is not None
+        clock.now += module.DOUBT
+        await sync.turn()
+    assert parts.networks.part(RED) is None
+    assert parts.networks.doubts.names == set()
+    await docker.create(BLUE, "10.1.0.0/24")
+
+
+async def test_a_network_that_docker_has_is_in_no_doubt(
+    parts, docker, sync, door, clock
+):
+    """Of two creations at once the one that failed releases the other's pool."""
+    sync.docker, sync.settle = DockerApi(f"unix://{door}"), 0.01
+    net = await given_up(docker, RED)
+    async with serving(Events(docker), door):
+        await sync.turn()
+        docker.nets[RED] = net
+        clock.now += module.DOUBT
+        await sync.turn()
+    assert parts.networks.part(RED) is not None
+    assert parts.networks.doubts.names == set()
+
+
+async def test_a_creation_under_way_is_waited_for(parts, docker, sync, door, clock):
+    """While a call is at work on a network, and right after, its doubt counts not."""
+    sync.docker, sync.settle = DockerApi(f"unix://{door}"), 0.01
+    await given_up(docker, RED)
+    async with serving(Events(docker), door):
+        await sync.turn()
+        async with parts.networks.locked(RED):
+            clock.now += module.DOUBT
+            await sync.turn()
+        await sync.turn()
+        assert parts.networks.part(RED) is not None
+
+
+async def test_a_doubt_without_docker(parts, docker, sync, door, clock):
+    """While Docker does not answer nothing is removed, and the doubt stays."""
+    sync.docker, sync.settle = DockerApi(f"unix://{door}"), 0.01
+    await given_up(docker, RED)
+    await sync.turn()
+    clock.now += 5
+    await sync.turn()
+    assert parts.networks.part(RED) is not None
+    assert parts.networks.doubts.names == {RED}
+
+
+async def test_what_an_earlier_life_left_is_in_doubt(parts, docker):
+    """At start a network is in doubt unless it has endpoints, or is created again."""
+    await docker.create(RED, "10.1.0.0/24")
+    await docker.create(BLUE, "10.2.0.0/24")
+    await docker.start(BOX, BLUE)
+    doubts = parts.networks.doubts
+    doubts.begin()
+    assert doubts.names == {RED}
+    net = docker.nets[RED]
+    await parts.networks.create(
+        RED, subnets=tuple(net.subnets), options={}, internal=False
+    )
+    assert doubts.names == set()
