@@ -209,7 +209,8 @@ class Daemon:
                 await hosts.publish()
                 self.joined.set()
             except StoreError as error:
-                self.site.state.note(str(error))
+                if self.site.state.away is None:
+                    self.site.state.note(str(error))
                 await asyncio.sleep(RETRY)
             except DriverError:
                 await session.leave()

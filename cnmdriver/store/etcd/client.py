@@ -2,13 +2,14 @@
 Calls to a cluster: fail-over between members, login, certificates that change.
 
 A call goes to one member at a time, the one that answered last. Each attempt has a
-second, the whole has three. An attempt that was not accepted goes on to the next
-member; one whose outcome is unknown does so only if it may happen twice.
+second, more where answers take long, and the whole has three. An attempt that was not
+accepted goes on to the next member; one whose outcome is unknown does so only if it may
+happen twice.
 """
 
 import asyncio
 import contextlib
-from collections.abc import Coroutine, Iterator
+from collections.abc import Awaitable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +31,11 @@ from cnmdriver.store.etcd.rpc import (
 )
 
 ATTEMPT = 1.0
-"""Seconds for one attempt at one member."""
+"""Seconds for one attempt at one member that answers as members do."""
+PATIENT = 2.5
+"""The same at most, where all are slow."""
+SLACK = 2.0
+"""How much longer than the last one an answer may take."""
 WHOLE = 3.0
 """Seconds for a call, whatever happens."""
 PAUSE = 0.1
@@ -100,6 +105,8 @@ class Client:
         self.newest = 0
         """The highest revision that the cluster was seen at."""
         self.token = Token()
+        self.patience = ATTEMPT
+        """Seconds that an attempt has now."""
         self.closed = False
         self.stamp: tls.Stamp = ()
         self.material: tls.Material | None = None
@@ -157,7 +164,9 @@ class Client:
         """Ask one member once; raises FaultError."""
         try:
             await member.connected(min(CONNECT, self.left(call)))
-            return await ask(member, metadata, min(ATTEMPT, self.left(call)))
+            return await self.timed(
+                ask(member, metadata, min(self.patience, self.left(call)))
+            )
         except NotConnectedError:
             text = "it did not take a connection in time"
             raise FaultError(Fault(verdict=Verdict.NEXT, text=text)) from None
@@ -169,6 +178,18 @@ class Client:
                 raise
             text = "the connection to it was closed"
             raise FaultError(Fault(verdict=Verdict.LOST, text=text)) from None
+
+    async def timed(self, asking: Awaitable[Any]) -> Any:
+        """Wait for an answer, and learn from it how long the next one may take."""
+        begin = now()
+        try:
+            answer = await asking
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                self.patience = min(PATIENT, SLACK * self.patience)
+            raise
+        self.patience = min(PATIENT, max(ATTEMPT, SLACK * (now() - begin)))
+        return answer
 
     def failed(
         self, call: Call, member: Member, metadata: Metadata, fault: Fault

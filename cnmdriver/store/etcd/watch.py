@@ -31,7 +31,7 @@ from cnmdriver.store.etcd.faults import Fault, Verdict, judge, read_text
 from cnmdriver.store.etcd.rpc import Member, Metadata, NotConnectedError, grpc, pb
 
 SILENCE = 1.0
-"""Seconds a member may say nothing, before it is asked and after."""
+"""Seconds a member may say nothing before it is asked, and at least after."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,9 +45,10 @@ class Range:
 class Stream:
     """A watch's stream at one member."""
 
-    def __init__(self, call: Any) -> None:
-        """Take what grpc opened."""
+    def __init__(self, call: Any, patience: float) -> None:
+        """Take what grpc opened, and the seconds that an answer may take."""
         self.call = call
+        self.patience = patience
         self.reading: asyncio.Future[Any] | None = None
 
     async def answer(self) -> Any:
@@ -57,7 +58,7 @@ class Stream:
             # Not wait_for: to cancel a read is to cancel the stream.
             reading = self.reading or asyncio.ensure_future(self.call.read())
             self.reading = reading
-            await asyncio.wait({reading}, timeout=SILENCE)
+            await asyncio.wait({reading}, timeout=self.patience if asked else SILENCE)
             if reading.done():
                 self.reading = None
                 return received(reading)
@@ -129,7 +130,8 @@ class Watch:
         self.member = member = self.client.member()
         self.metadata = await self.client.metadata("watch etcd", now() + WHOLE)
         await member.connected(CONNECT)
-        self.stream = Stream(member.watch.Watch(metadata=self.metadata))
+        call = member.watch.Watch(metadata=self.metadata)
+        self.stream = Stream(call, max(SILENCE, self.client.patience))
         await send(self.stream.call, self.request())
         return self.stream
 
