@@ -6,7 +6,6 @@ needs, so that its packages, with those they depend on, are the base: in seconds
 without a network.
 """
 
-import os
 import re
 import subprocess
 import tarfile
@@ -57,9 +56,11 @@ def files(packages: Iterable[str]) -> set[str]:
     )
     for line in listed.stdout.splitlines():
         path = real(line)
-        wanted = not path.startswith(LEFT_OUT) or path.startswith(WHEELS)
-        if line.startswith("/") and wanted and is_file(path):
-            found.add(path)
+        name = str(path)
+        wanted = not name.startswith(LEFT_OUT) or name.startswith(WHEELS)
+        # Directories come with what they hold.
+        if line.startswith("/") and wanted and (path.is_symlink() or path.is_file()):
+            found.add(name)
     # They are written by themselves.
     found -= {f"/{name}" for name in (*LINKS, *DIRECTORIES, "var/run")}
     for name in CHOSEN:
@@ -67,15 +68,9 @@ def files(packages: Iterable[str]) -> set[str]:
     return found
 
 
-def is_file(path: str) -> bool:
-    """Tell whether a path is a file or a link; directories come with what they hold."""
-    return os.path.islink(path) or os.path.isfile(path)
-
-
-def real(path: str) -> str:
+def real(path: str) -> Path:
     """Return a path with the links in its directories resolved."""
-    directory, name = os.path.split(path)
-    return os.path.join(os.path.realpath(directory), name)
+    return Path(path).parent.resolve() / Path(path).name
 
 
 def closure(packages: Iterable[str]) -> set[str]:
