@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help run demo venv check fmt test bench mutate lock clean
+.PHONY: help run demo venv check fmt test bench mutate spec lock clean
 
 # Debian keeps the directories of root's programs off other users' PATH.
 export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
@@ -19,6 +19,7 @@ help:
 	@echo 'make check   format, lint, types, import layers, tests without root'
 	@echo 'make fmt     format the code'
 	@echo 'make venv    make .venv from requirements.lock'
+	@echo 'make spec    write what plugin-spec/ has of the code anew'
 	@echo 'make lock    choose the versions in requirements.lock anew'
 	@echo 'make bench   compare the time of Docker'"'"'s commands on pynet and on bridge'
 	@echo 'make mutate  mutation testing of plan/, driver/ and the model'
@@ -62,6 +63,9 @@ bench:
 
 mutate: venv
 	@exec $(BIN)/python tests/mutate.py
+
+spec: venv
+	$(BIN)/python plugin-spec/generate.py
 
 # uv resolves for every supported Python and machine at once; pip does not.
 lock: venv

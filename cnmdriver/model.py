@@ -65,6 +65,13 @@ class Network:
     """Whether each host has an address of its own on an overlay."""
     spoof: bool = False
     """Whether containers may send from MACs and addresses that are not theirs."""
+    swarm: bool = False
+    """
+    Whether the manager of a swarm allocated it.
+
+    Then it has Docker's own id, which is the same on all nodes, the manager gives out
+    its addresses, and it lives until the manager frees it.
+    """
 
     def subnet_of(self, address: IPAddress) -> Subnet | None:
         """Return the subnet that holds the address."""

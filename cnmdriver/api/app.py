@@ -160,41 +160,43 @@ class Doors:
     on_handshake: Callable[[], None]
 
 
-# One function per method: from a request to its answer.
+# One function per method: from a request to its answer, whose type is the annotation.
 
 
-async def _activate(doors: Doors, _: wire.NoArguments) -> wire.Message:
+async def _activate(doors: Doors, _: wire.NoArguments) -> wire.Activation:
     doors.on_handshake()
     return wire.Activation()
 
 
-async def _network_capabilities(doors: Doors, _: wire.NoArguments) -> wire.Message:
+async def _network_capabilities(
+    doors: Doors, _: wire.NoArguments
+) -> wire.NetworkCapabilities:
     # A managed plugin is never activated: for it this is the first call.
     doors.on_handshake()
     return wire.NetworkCapabilities(scope=doors.scope)
 
 
-async def _ipam_capabilities(_: Doors, __: wire.NoArguments) -> wire.Message:
+async def _ipam_capabilities(_: Doors, __: wire.NoArguments) -> wire.IpamCapabilities:
     return wire.IpamCapabilities()
 
 
-async def _address_spaces(_: Doors, __: wire.NoArguments) -> wire.Message:
+async def _address_spaces(_: Doors, __: wire.NoArguments) -> wire.AddressSpaces:
     return wire.AddressSpaces()
 
 
-async def _allocate_network(doors: Doors, call: wire.AllocateNetwork) -> wire.Message:
+async def _allocate_network(doors: Doors, call: wire.AllocateNetwork) -> wire.Allocated:
     options = await doors.networks.allocate(
         call.network_id, subnets=call.subnets(), options=call.driver_options()
     )
     return wire.Allocated(options=dict(options))
 
 
-async def _free_network(doors: Doors, call: wire.NetworkRequest) -> wire.Message:
+async def _free_network(doors: Doors, call: wire.NetworkRequest) -> wire.Done:
     await doors.networks.free(call.network_id)
     return wire.Done()
 
 
-async def _create_network(doors: Doors, call: wire.CreateNetwork) -> wire.Message:
+async def _create_network(doors: Doors, call: wire.CreateNetwork) -> wire.Done:
     await doors.networks.create(
         call.network_id,
         subnets=call.subnets(),
@@ -204,12 +206,14 @@ async def _create_network(doors: Doors, call: wire.CreateNetwork) -> wire.Messag
     return wire.Done()
 
 
-async def _delete_network(doors: Doors, call: wire.NetworkRequest) -> wire.Message:
+async def _delete_network(doors: Doors, call: wire.NetworkRequest) -> wire.Done:
     await doors.networks.delete(call.network_id)
     return wire.Done()
 
 
-async def _create_endpoint(doors: Doors, call: wire.CreateEndpoint) -> wire.Message:
+async def _create_endpoint(
+    doors: Doors, call: wire.CreateEndpoint
+) -> wire.EndpointCreated:
     mac = await doors.networks.create_endpoint(
         call.network_id,
         call.endpoint_id,
@@ -220,17 +224,17 @@ async def _create_endpoint(doors: Doors, call: wire.CreateEndpoint) -> wire.Mess
     return wire.EndpointCreated(interface=wire.Interface(mac_address=mac))
 
 
-async def _endpoint_info(doors: Doors, call: wire.EndpointRequest) -> wire.Message:
+async def _endpoint_info(doors: Doors, call: wire.EndpointRequest) -> wire.OperInfo:
     await doors.networks.info(call.network_id, call.endpoint_id)
     return wire.OperInfo()
 
 
-async def _delete_endpoint(doors: Doors, call: wire.EndpointRequest) -> wire.Message:
+async def _delete_endpoint(doors: Doors, call: wire.EndpointRequest) -> wire.Done:
     await doors.networks.delete_endpoint(call.network_id, call.endpoint_id)
     return wire.Done()
 
 
-async def _join(doors: Doors, call: wire.Join) -> wire.Message:
+async def _join(doors: Doors, call: wire.Join) -> wire.Joined:
     # Docker gives the ports here too: a bad one is refused before anything is made.
     call.ports()
     attachment = await doors.networks.join(
@@ -239,43 +243,43 @@ async def _join(doors: Doors, call: wire.Join) -> wire.Message:
     return wire.Joined.of(attachment)
 
 
-async def _leave(doors: Doors, call: wire.EndpointRequest) -> wire.Message:
+async def _leave(doors: Doors, call: wire.EndpointRequest) -> wire.Done:
     await doors.networks.leave(call.network_id, call.endpoint_id)
     return wire.Done()
 
 
-async def _discover_new(doors: Doors, call: wire.Discover) -> wire.Message:
+async def _discover_new(doors: Doors, call: wire.Discover) -> wire.Done:
     node = call.node()
     if node is not None:
         await doors.networks.discover(node.ip(), gone=False, own=node.own)
     return wire.Done()
 
 
-async def _discover_delete(doors: Doors, call: wire.Discover) -> wire.Message:
+async def _discover_delete(doors: Doors, call: wire.Discover) -> wire.Done:
     node = call.node()
     if node is not None:
         await doors.networks.discover(node.ip(), gone=True, own=node.own)
     return wire.Done()
 
 
-async def _program(doors: Doors, call: wire.SandboxRequest) -> wire.Message:
+async def _program(doors: Doors, call: wire.SandboxRequest) -> wire.Done:
     await doors.networks.program(
         call.network_id, call.endpoint_id, ports=call.ports(), ipv6=call.ipv6_ports
     )
     return wire.Done()
 
 
-async def _revoke(doors: Doors, call: wire.EndpointRequest) -> wire.Message:
+async def _revoke(doors: Doors, call: wire.EndpointRequest) -> wire.Done:
     await doors.networks.revoke(call.network_id, call.endpoint_id)
     return wire.Done()
 
 
-async def _gateway_check(doors: Doors, call: wire.GwAllocCheck) -> wire.Message:
+async def _gateway_check(doors: Doors, call: wire.GwAllocCheck) -> wire.GatewaySkip:
     skip = doors.networks.skips_gateway(call.driver_options(), internal=call.internal)
     return wire.GatewaySkip(skip_ipv4=skip, skip_ipv6=skip)
 
 
-async def _request_pool(doors: Doors, call: wire.RequestPool) -> wire.Message:
+async def _request_pool(doors: Doors, call: wire.RequestPool) -> wire.PoolGiven:
     pool, sub_pool = call.pools()
     pool_id, given = await doors.ipam.request_pool(
         space=call.address_space,
@@ -287,19 +291,21 @@ async def _request_pool(doors: Doors, call: wire.RequestPool) -> wire.Message:
     return wire.PoolGiven(pool_id=pool_id, pool=str(given))
 
 
-async def _release_pool(doors: Doors, call: wire.ReleasePool) -> wire.Message:
+async def _release_pool(doors: Doors, call: wire.ReleasePool) -> wire.Done:
     await doors.ipam.release_pool(call.pool_id)
     return wire.Done()
 
 
-async def _request_address(doors: Doors, call: wire.RequestAddress) -> wire.Message:
+async def _request_address(
+    doors: Doors, call: wire.RequestAddress
+) -> wire.AddressGiven:
     given = await doors.ipam.request_address(
         call.pool_id, address=call.ip(), gateway=call.gateway, name=call.name
     )
     return wire.AddressGiven(address=str(given))
 
 
-async def _release_address(doors: Doors, call: wire.ReleaseAddress) -> wire.Message:
+async def _release_address(doors: Doors, call: wire.ReleaseAddress) -> wire.Done:
     await doors.ipam.release_address(call.pool_id, call.ip())
     return wire.Done()
 

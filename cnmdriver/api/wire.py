@@ -424,13 +424,13 @@ class Discover(Message, frozen=True, kw_only=True):
     """News about a host; only type 1 has a host as its data."""
 
     discovery_type: int
-    discovery_data: msgspec.Raw = msgspec.Raw(b"null")
+    discovery_data: object = None
 
     def node(self) -> Node | None:
         """Return the host, or None if the news is about something else."""
         if self.discovery_type != 1:
             return None
-        return decode(Node, bytes(self.discovery_data))
+        return decode(Node, msgspec.json.encode(self.discovery_data))
 
 
 # IpamDriver.

@@ -35,7 +35,8 @@ def mount(name: str, descriptor: int) -> None:
     source = f"/proc/self/fd/{descriptor}".encode()
     try:
         _refuse_private(what)
-        NAMES.mkdir(mode=0o755, parents=True, exist_ok=True)
+        # A link in a managed plugin, to a directory that a reboot has emptied.
+        Path(os.path.realpath(NAMES)).mkdir(mode=0o755, parents=True, exist_ok=True)
         _share()
         path.touch(mode=0o444)
         try:

@@ -95,8 +95,12 @@ def prune(draft: Draft, network: str) -> None:
     """
     Delete what nobody has a part in any more.
 
-    To be called by every decision that took a claim or a member away.
+    To be called by every decision that took a claim or a member away. A network of a
+    swarm is the manager's to free, nodes or not.
     """
+    known = draft.get(Network, records.network(network))
+    if known is not None and known.swarm:
+        return
     owned = pools_of(draft, network)
     if not any(m.docker_id for m in draft.all(Member, f"members/{network}/")):
         forget(draft, network)

@@ -4,6 +4,10 @@ What a CreateNetwork comes to: a new network, or this host's part in one that ex
 The pool is the identity of a network: named on two hosts it is one network. What a
 joining host says of it must be equal, and what it leaves out is the network's: mode,
 MTU, gateway, options, further pools. A refusal has the command line that works.
+
+In a swarm the manager allocates the network before any node creates it, under the id
+that Docker has for it on all nodes, and gives out its addresses. So there the id is
+the identity, and no pool is ours.
 """
 
 import shlex
@@ -58,6 +62,7 @@ class Wish:
     options: Options
     given: Mapping[str, str]
     internal: bool
+    swarm: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +80,7 @@ class Joining:
         """Take the site, and the mode of networks that do not say theirs."""
         self.site = site
         self.mode = mode
-        self.told: set[str] = set()
+        self.told: set[str] = {options.VNIS}
 
     def read(
         self,
@@ -124,7 +129,7 @@ class Joining:
         if known is not None:
             return self.again(draft, wish, known)
         found = tuple(self.own_pools(draft, wish))
-        network = self.existing(draft, wish, found)
+        network = self.of_swarm(draft, wish) or self.existing(draft, wish, found)
         if network is not None:
             self.check_join(wish, network)
         else:
@@ -163,6 +168,17 @@ class Joining:
         )
 
     # Which network it is.
+
+    def of_swarm(self, draft: Draft, wish: Wish) -> Network | None:
+        """
+        Return the network that a swarm's manager allocated, None if it is none.
+
+        Only its nodes hear whether it is `--internal`, all of them the same.
+        """
+        network = draft.get(Network, records.network(wish.docker_id))
+        if network is None or not network.swarm:
+            return None
+        return replace(network, internal=wish.internal)
 
     def own_pools(self, draft: Draft, wish: Wish) -> Iterator[tuple[Subnet, Pool]]:
         """Yield the pools Docker has from us for a network, lowest IPv4 pool first."""
@@ -234,12 +250,47 @@ class Joining:
 
     # New networks.
 
+    def allocate(self, draft: Draft, wish: Wish, around: Around) -> Network:
+        """
+        Write the network of a swarm, or find it as it was allocated before.
+
+        Raises InvalidParameter for what cannot be in a swarm.
+        """
+        known = draft.get(Network, records.network(wish.docker_id))
+        if known is not None:
+            return known
+        if any(self.own_pools(draft, wish)):
+            raise InvalidParameter(
+                "the manager of a swarm gives out addresses itself; remove the network "
+                "and create it without --ipam-driver"
+            )
+        if wish.options.host_access:
+            raise InvalidParameter(
+                "pynet.host_access needs addresses for the hosts, and the manager of a "
+                "swarm gives out none; remove the network and create it without"
+            )
+        network = self.new(draft, replace(wish, swarm=True), (), around)
+        draft.put(records.network(network.id), network)
+        return network
+
+    def free(self, draft: Draft, docker_id: str) -> None:
+        """Delete the network of a swarm; while a node has a part, leave it to that."""
+        key = records.network(docker_id)
+        network = draft.get(Network, key)
+        if network is None or not network.swarm:
+            return
+        members = draft.all(Member, f"members/{docker_id}/")
+        if any(m.docker_id for m in members):
+            draft.put(key, replace(network, swarm=False))
+        else:
+            claims.forget(draft, docker_id)
+
     def new(self, draft: Draft, wish: Wish, found: Found, around: Around) -> Network:
         """Make a network's record; raises InvalidParameter, or Conflict."""
         chosen = wish.options
         mode = chosen.mode or self.mode
         self.check_mode(wish, mode)
-        if mode == "overlay":
+        if mode == "overlay" and not wish.swarm:
             self.check_pools(wish, found)
         if chosen.host_access and chosen.icc is False:
             raise InvalidParameter(
@@ -263,6 +314,7 @@ class Joining:
             flood=bool(chosen.flood),
             host_access=bool(chosen.host_access),
             spoof=bool(chosen.spoof),
+            swarm=wish.swarm,
         )
         # A record whose last member could not delete it, as the store was away.
         claims.forget(draft, network.id)

@@ -47,6 +47,7 @@ from cnmdriver.model import (
 )
 from cnmdriver.plan import devices, firewall, options, router
 from cnmdriver.plan.ops import Key
+from cnmdriver.plan.options import VNIS
 from cnmdriver.store import records
 from cnmdriver.store.records import Space
 from cnmdriver.store.view import Draft
@@ -506,12 +507,30 @@ class NetworkDriver:
         subnets: tuple[Subnet, ...],
         options: Mapping[str, str],
     ) -> Mapping[str, str]:
-        """Check a network's options for all nodes, and answer them as they are."""
-        self.joining.read(docker_id, subnets, options, internal=False)
-        return dict(options)
+        """
+        Settle a network for all nodes of a swarm; a second time changes nothing.
+
+        Returns the options with the VNI, as Docker's own overlay does. Where nodes
+        share no store each has a network of its own, and nothing is kept. Raises
+        InvalidParameter for what cannot be in a swarm, Exhausted if no VNI is free.
+        """
+        wish = self.joining.read(docker_id, subnets, options, internal=False)
+        if not self.site.state.store.shared:
+            return dict(options)
+        async with self.locked(docker_id):
+            around = await self.joining.around()
+            network = await self.site.state.commit(
+                lambda draft: self.joining.allocate(draft, wish, around)
+            )
+        vni = {VNIS: str(network.vni)} if network.vni else {}
+        return {**options, **vni}
 
     async def free(self, docker_id: str) -> None:
-        """Forget what `allocate` gave: nothing is kept for it."""
+        """Forget what `allocate` settled."""
+        async with self.locked(docker_id):
+            await self.site.state.remove(
+                lambda draft: self.joining.free(draft, docker_id)
+            )
 
     async def discover(self, address: str, *, gone: bool, own: bool) -> None:
         """Hear of another node; hosts know each other by the store."""

@@ -14,6 +14,8 @@ from cnmdriver.errors import InvalidParameter
 from cnmdriver.model import IPAddress
 
 DOCKER = "com.docker.network."
+VNIS = DOCKER + "driver.overlay.vxlanid_list"
+"""Where Docker's own overlay shows its VNI; in a swarm pynet does so too."""
 ALIASES = {
     DOCKER + "driver.mtu": "pynet.mtu",
     DOCKER + "bridge.name": "pynet.bridge",

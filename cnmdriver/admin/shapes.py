@@ -1,0 +1,271 @@
+"""
+The answers of the admin API, field for field: what `plugin-spec/` describes.
+
+A call that is not in `SHAPES` answers some JSON.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypedDict
+
+
+class Removed(TypedDict):
+    """An endpoint that was removed."""
+
+    removed: str
+    name: str
+
+
+class HostRemoved(TypedDict):
+    """A host that was given up, and what became of its blocks."""
+
+    removed: str
+    blocks: str
+
+
+class Released(TypedDict):
+    """An address that was given back."""
+
+    released: str
+    pool: str
+
+
+class Refusal(TypedDict):
+    """Why a call was refused."""
+
+    error: str
+
+
+class Daemon(TypedDict):
+    """The daemon; `uptime` in seconds."""
+
+    version: str
+    pid: int
+    uptime: float
+
+
+class ThisHost(TypedDict):
+    """The daemon's host; `vtep` is null on one without tunnels."""
+
+    id: str
+    name: str
+    boot: str
+    vtep: str | None
+
+
+class Store(TypedDict):
+    """The store; `away` says why it is, or is null."""
+
+    url: str
+    revision: int
+    away: str | None
+
+
+class Status(TypedDict):
+    """Is it well; counts are this host's."""
+
+    well: bool
+    attention: list[str]
+    daemon: Daemon
+    host: ThisHost
+    store: Store
+    docker: str
+    repairs: dict[str, int]
+    drops: dict[str, int]
+    networks: int
+    endpoints: int
+    ports: int
+    addresses: int
+
+
+class Subnet(TypedDict):
+    """A subnet of a network."""
+
+    pool: str
+    space: str
+    gateway: str | None
+    reserved: list[str]
+
+
+class Network(TypedDict):
+    """A network, and this host's part in it."""
+
+    name: str
+    id: str
+    network: str
+    mode: str
+    bridge: str
+    mtu: int
+    internal: bool
+    icc: bool
+    masquerade: bool
+    gateway: str
+    subnets: list[Subnet]
+    endpoints: int
+    hosts: int
+
+
+class Published(TypedDict):
+    """A published port; `host_ip` null stands for every address."""
+
+    protocol: str
+    host_ip: str | None
+    host_port: int
+    addresses: list[str]
+    port: int
+
+
+class Port(Published):
+    """A published port, and whose it is."""
+
+    endpoint: str
+    endpoint_id: str
+    network: str
+
+
+class Endpoint(TypedDict):
+    """An endpoint of this host."""
+
+    name: str
+    id: str
+    network: str
+    network_id: str
+    addresses: list[str]
+    mac: str
+    sandbox: str
+    joined: bool
+    device: str
+    published: list[Published]
+
+
+class NetworkDetails(Network):
+    """All there is to say about a network."""
+
+    options: dict[str, str]
+    prefix: str
+    host_binding: str | None
+    claims: list[str]
+    members: list[Endpoint]
+
+
+class Host(TypedDict):
+    """A host of the cluster; `since` in seconds of Unix time, by its own clock."""
+
+    name: str
+    id: str
+    here: bool
+    vtep: str | None
+    vxlan_port: int
+    version: str
+    state: str
+    since: float | None
+    endpoints: int
+    behind: int
+
+
+class Address(TypedDict):
+    """An address that is taken."""
+
+    address: str
+    owner: str
+    endpoint_id: str
+    gateway: bool
+    bound: bool
+    host: str
+    host_name: str
+    here: bool
+
+
+class Pool(TypedDict):
+    """A pool, with the addresses taken of it."""
+
+    id: str
+    space: str
+    pool: str
+    network: str
+    claimed: bool
+    size: int
+    taken: int
+    addresses: list[Address]
+
+
+class Commands(TypedDict):
+    """What one would type, as a script."""
+
+    commands: str
+
+
+class Foreign(TypedDict):
+    """A device that another pynet has marked."""
+
+    device: str
+    alias: str
+
+
+Setting = TypedDict("Setting", {"was": str, "is": str | None})
+"""The values of a setting of the host that was changed."""
+
+Operation = dict[str, object]
+"""An operation: its `kind`, its `key`, and its fields."""
+
+
+class Changed(TypedDict):
+    """An object that is not as planned, and the fields that differ."""
+
+    wanted: Operation
+    found: Operation
+    differs: list[str]
+
+
+class Diff(TypedDict):
+    """Desired against found."""
+
+    lines: list[str]
+    lacking: list[Operation]
+    changed: list[Changed]
+    surplus: list[Operation]
+
+
+class Census(TypedDict):
+    """All that pynet owns on this host."""
+
+    owned: list[Operation]
+    foreign: list[Foreign]
+    settings: dict[str, Setting]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """What a call answers, and what it reads of the query: name and meaning."""
+
+    answer: object
+    query: Mapping[str, str]
+    must: bool = False
+    """Whether all of the query must be given."""
+
+
+def _shape(answer: object, *, must: bool = False, **query: str) -> Shape:
+    return Shape(answer=answer, query=query, must=must)
+
+
+SHAPES: Mapping[tuple[str, str], Shape] = {
+    ("GET", "status"): _shape(Status),
+    ("GET", "networks"): _shape(list[Network]),
+    ("GET", "networks/{network}"): _shape(NetworkDetails),
+    ("GET", "endpoints"): _shape(list[Endpoint]),
+    ("DELETE", "endpoints/{endpoint}"): _shape(Removed),
+    ("GET", "hosts"): _shape(list[Host]),
+    ("DELETE", "hosts/{host}"): _shape(
+        HostRemoved, force="true to give up a host whose lease lives"
+    ),
+    ("GET", "ports"): _shape(list[Port]),
+    ("GET", "pools"): _shape(list[Pool]),
+    ("DELETE", "addresses"): _shape(
+        Released, must=True, pool="CIDR or id of a pool", address="the address"
+    ),
+    ("GET", "explain"): _shape(
+        Commands, network="name or id of a network; all without it"
+    ),
+    ("GET", "diff"): _shape(Diff),
+    ("GET", "census"): _shape(Census),
+}

@@ -1,0 +1,141 @@
+"""A swarm of two nodes whose network is the managed plugin's, with scope global."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from cnmdriver.lab.host import Host
+from cnmdriver.lab.lab import Lab
+from cnmdriver.plan.options import VNIS
+from tests.dockerd.cluster import KEPT, census, etcdctl, pairs
+from tests.dockerd.tools import Container, eventually
+from tests.install.plugins import NAME, create, enable, load
+
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.dockerd,
+    pytest.mark.etcd,
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+]
+BLUE = "blue"
+PATIENCE = 120.0
+"""Seconds in which a swarm does what it was told."""
+
+
+@pytest.fixture(scope="module")
+def lab(make_module_lab: Callable[..., Lab], image: Path) -> Lab:
+    """Return two hosts with the plugin, of which the first manages a swarm."""
+    lab = make_module_lab(2, etcd=1, serve=False)
+    load(lab, image)
+    manager, worker = lab.hosts
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(create, lab.hosts))
+        list(pool.map(lambda host: enable(host, "PYNET_SCOPE=global"), lab.hosts))
+    manager.docker("swarm", "init", f"--advertise-addr={manager.address4}")
+    token = manager.docker("swarm", "join-token", "-q", "worker").stdout.strip()
+    worker.docker("swarm", "join", f"--token={token}", str(manager.address4))
+    return lab
+
+
+@pytest.fixture
+def network(lab: Lab) -> Iterator[str]:
+    """Return an attachable network; after the test nothing is left of it anywhere."""
+    manager = lab.hosts[0]
+    words = ("--attachable", "--subnet=10.140.0.0/24", "-d", NAME)
+    manager.docker("network", "create", *words, BLUE)
+    yield BLUE
+    for host in lab.hosts:
+        names = host.docker("ps", "-aq").stdout.split()
+        if names:
+            host.docker("rm", "-f", *names, check=False)
+    manager.docker("network", "rm", BLUE)
+    assert eventually(lambda: not left(lab), PATIENCE), left(lab)
+
+
+def left(lab: Lab) -> list[object]:
+    """Return what any host or the store has of a network."""
+    owned = [thing for host in lab.hosts for thing in census(host)]
+    found = etcdctl(lab, "get", "--prefix", "/pynet/v1/", "--keys-only").stdout
+    keys = [line.removeprefix("/pynet/v1/") for line in found.split()]
+    return [*owned, *(key for key in keys if not key.startswith(KEPT))]
+
+
+def tasks(host: Host, service: str) -> list[Container]:
+    """Return the containers that a service has on a host."""
+    shown = host.docker("ps", "-q", "--filter", f"name={service}").stdout.split()
+    return [Container(host=host, name=name).look() for name in shown]
+
+
+def test_attached_containers(lab: Lab, network: str) -> None:
+    """
+    Containers of `docker run` on both nodes reach each other, with Docker's own id.
+
+    1. The network is created on the manager: Docker shows the VNI that pynet chose.
+    2. A container on each node; then one more, on the worker, with an address of the
+       user's.
+
+    Result: each reaches each, both hosts have the network under the same id and VNI.
+    """
+    manager, worker = lab.hosts
+    shown = ("network", "inspect", "-f", f'{{{{.ID}}}} {{{{index .Options "{VNIS}"}}}}')
+    identity, vni = manager.docker(*shown, network).stdout.split()
+    assert len(identity) == 25
+    boxes = [run(host, network) for host in lab.hosts]
+    boxes.append(run(worker, network, "--ip=10.140.0.77"))
+    assert boxes[-1].ip() == "10.140.0.77"
+    for one, other in pairs(boxes):
+        assert one.pings(other.ip()), (one.host.name, other.host.name)
+    for host in lab.hosts:
+        links = host.exec("ip", "-n", "pynet", "-d", "link", "show", "type", "vxlan")
+        assert f"vxlan id {vni} " in links.stdout
+        assert host.docker(*shown, network).stdout.split() == [identity, vni]
+
+
+def test_a_service(lab: Lab, network: str) -> None:
+    """
+    Replicas of a service on both nodes reach each other, and go with it.
+
+    1. A service of four replicas; two are on each node.
+    2. It is scaled to two.
+    3. It is removed.
+
+    Result: each replica reaches each, by address and by the service's name.
+    """
+    manager = lab.hosts[0]
+    words = ("--endpoint-mode=dnsrr", "--no-resolve-image", "--detach")
+    stop = ("--stop-signal=SIGKILL", f"--network={network}")
+    manager.docker(
+        *("service", "create", "--name=web", "--replicas=4"),
+        *words,
+        *stop,
+        *("busybox", "sleep", "600"),
+    )
+
+    def replicas(number: int) -> bool:
+        return sum(len(tasks(host, "web")) for host in lab.hosts) == number
+
+    assert eventually(lambda: replicas(4), PATIENCE), said(manager)
+    boxes = [box for host in lab.hosts for box in tasks(host, "web")]
+    assert [len(tasks(host, "web")) for host in lab.hosts] == [2, 2]
+    for one, other in pairs(boxes):
+        assert one.pings(other.ip()), (one.host.name, other.host.name)
+    assert all(box.pings_name("web") for box in boxes)
+    manager.docker("service", "scale", "--detach", "web=2")
+    assert eventually(lambda: replicas(2), PATIENCE), said(manager)
+    manager.docker("service", "rm", "web")
+    assert eventually(lambda: replicas(0), PATIENCE), said(manager)
+
+
+def run(host: Host, network: str, *options: str) -> Container:
+    """Start a container that only sleeps."""
+    words = ("run", "-d", f"--network={network}", *options, "busybox", "sleep", "600")
+    name = host.docker(*words).stdout.strip()
+    return Container(host=host, name=name).look()
+
+
+def said(manager: Host) -> str:
+    """Return what the manager says of the tasks."""
+    return manager.docker("service", "ps", "--no-trunc", "web", check=False).stdout
