@@ -148,6 +148,7 @@ class Daemon:
         self.sync = Sync(
             site, networks, ipam, docker, grace=settings.grace, audit=settings.audit
         )
+        self.sync.mends = settings.repair
         self.blocks = ipam.blocks
         self.authority: Authority | None = None
         self.remotes.alarm = networks.doubts.alarm = self.sync.wake
@@ -178,6 +179,7 @@ class Daemon:
             "store": self.settings.store_url,
             "docker": "connected" if self.sync.inventory is not None else docker,
             "hidden": self.session is not None and self.session.hidden,
+            "mends": self.settings.repair,
             "repairs": dict(self.sync.repairs),
             "orphans": list(self.sync.orphans),
             "conflicts": list(self.authority.conflicts.values())

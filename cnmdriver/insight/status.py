@@ -25,8 +25,8 @@ async def status(site: Site, info: Mapping[str, object]) -> Json:
 
     `info` has what only the daemon knows of itself: `pid`, `uptime` in seconds, `store`
     (its address), `docker` ("connected", "away" or "off"), `hidden` (whether it lost
-    its lease), and the sentences of `problems` and the names of `orphans` that the last
-    audit left.
+    its lease), `mends` (whether drift is put right), and the sentences of `problems`
+    and the names of `orphans` that the last audit left.
     """
     attention = [sentence async for sentence in remarks(site, info)]
     members = list(site.members())
@@ -64,6 +64,11 @@ async def remarks(site: Site, info: Mapping[str, object]) -> AsyncIterator[str]:
     """Yield a sentence for everything a person should look at."""
     for sentence in (*reached(site, info), *lacking()):
         yield sentence
+    if not info.get("mends", True):
+        yield (
+            "what others change of pynet's in the kernel is reported and left, as "
+            "repair=false says; start pynet without that to have it put right"
+        )
     async for sentence in outbox(site):
         yield sentence
     for sentence in stored(site, info):
