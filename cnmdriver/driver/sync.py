@@ -92,6 +92,7 @@ class Sync:
         self.missing = Patience(grace)
         self.doubted = Patience(DOUBT)
         self.inventory: Inventory | None = None
+        self.docker_version = ""
         self.orphans: tuple[str, ...] = ()
         self.problems: tuple[str, ...] = ()
         self.repairs: Counter[str] = Counter()
@@ -360,6 +361,7 @@ class Sync:
     async def follow(self, docker: DockerApi, driver: str) -> None:
         """Read Docker's lists at each of its events, until it goes away."""
         async with contextlib.aclosing(docker.events()) as events:
+            self.docker_version = await docker.version()
             async for _ in events:
                 # What happens meanwhile comes as one event more.
                 await asyncio.sleep(SETTLE)
