@@ -9,6 +9,7 @@ Stopping closes the listeners, lets begun calls end, and leaves every network as
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import os
 import resource
@@ -35,12 +36,16 @@ from cnmdriver.driver.authority import Authority
 from cnmdriver.driver.hosts import Hosts
 from cnmdriver.driver.ipam import IpamDriver
 from cnmdriver.driver.network import NetworkDriver
+from cnmdriver.driver.questions import Questions
 from cnmdriver.driver.site import Site
 from cnmdriver.driver.sync import Sync
 from cnmdriver.errors import DriverError, InvalidParameter, StoreError
+from cnmdriver.insight.trace import answer
 from cnmdriver.listening import listening, make_private
-from cnmdriver.model import Host, IPAddress
+from cnmdriver.model import Hop, Host, IPAddress, Question
 from cnmdriver.plan import pools
+from cnmdriver.recent import remember
+from cnmdriver.redaction import USERINFO
 from cnmdriver.settings import Settings
 from cnmdriver.store import etcd, records
 from cnmdriver.store.base import Store
@@ -148,8 +153,13 @@ class Daemon:
         self.sync = Sync(
             site, networks, ipam, docker, grace=settings.grace, audit=settings.audit
         )
+        self.sync.mends = settings.repair
         self.blocks = ipam.blocks
         self.authority: Authority | None = None
+        self.questions: Questions | None = None
+        if session is not None:
+            self.questions = Questions(site, session, self.look)
+            site.ask = self.questions.ask
         self.remotes.alarm = networks.doubts.alarm = self.sync.wake
         networks.doubts.begin()
         self.driver = Path(settings.socket).stem
@@ -176,8 +186,14 @@ class Daemon:
             "pid": os.getpid(),
             "uptime": time.monotonic() - self.started,
             "store": self.settings.store_url,
+            "docker_version": self.sync.docker_version,
             "docker": "connected" if self.sync.inventory is not None else docker,
             "hidden": self.session is not None and self.session.hidden,
+            "settings": {
+                **dataclasses.asdict(self.settings),
+                "store": USERINFO.sub("", self.settings.store_url),
+            },
+            "mends": self.settings.repair,
             "repairs": dict(self.sync.repairs),
             "orphans": list(self.sync.orphans),
             "conflicts": list(self.authority.conflicts.values())
@@ -185,6 +201,11 @@ class Daemon:
             else [],
             "problems": list(self.sync.problems),
         }
+
+    async def look(self, asking: str, question: Question) -> tuple[Hop, ...]:
+        """Look at what another host asks."""
+        repairs = self.settings.repair
+        return await answer(self.site, asking, question, repairs=repairs)
 
     @asynccontextmanager
     async def living(self) -> AsyncIterator[None]:
@@ -228,14 +249,17 @@ class Daemon:
         """Tell those who follow what other hosts do."""
         self.remotes.wake()
         self.blocks.wake()
+        if self.questions is not None:
+            self.questions.wake()
 
     async def serve_cluster(self, hosts: Hosts) -> None:
         """Do what only a host among others does, once it is one."""
         await self.joined.wait()
         self.authority = Authority(self.site, hosts.publish)
         async with asyncio.TaskGroup() as group:
-            for loop in (hosts, self.blocks, self.authority):
-                group.create_task(loop.run())
+            for loop in (hosts, self.blocks, self.authority, self.questions):
+                if loop is not None:
+                    group.create_task(loop.run())
 
     async def until(self, stop: asyncio.Event) -> None:
         """Run the loops until the event; if one fails, all end and the daemon too."""
@@ -460,6 +484,7 @@ def configure_logs(settings: Settings) -> None:
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
+            remember,
             *(
                 [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
                 if console

@@ -73,6 +73,12 @@ class DockerApi:
                 f"docker at {self.path} answers no list of networks: {error!r}"
             ) from error
 
+    async def version(self) -> str:
+        """Return Docker's version; raises StoreError."""
+        async with self.session() as session:
+            found = await self.get(session, "/version")
+        return str(found.get("Version", "")) if isinstance(found, dict) else ""
+
     async def get(self, session: aiohttp.ClientSession, path: str) -> Any:
         """Ask one question; None if what it is about is gone."""
         timeout = aiohttp.ClientTimeout(total=LIMIT)

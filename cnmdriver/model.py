@@ -266,6 +266,43 @@ class Knock:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """
+    Asks another host what its kernel has of the way between two endpoints.
+
+    Without endpoints it is about the way between the two hosts alone.
+    """
+
+    id: str
+    """A random value; the answer has it too."""
+    network: str = ""
+    endpoint: str = ""
+    """Of the host that is asked."""
+    other: str = ""
+    """Of the host that asks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hop:
+    """One thing that a packet's way depends on: how it should be, and how it is."""
+
+    name: str
+    wanted: str = ""
+    found: str = ""
+    well: bool | None = True
+    """None where it could not be looked at, or proves nothing."""
+    remedy: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What a host that was asked has found."""
+
+    id: str
+    hops: tuple[Hop, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Kept:
     """Says, on a long lease, that a host that is not alive may come back."""
 

@@ -68,6 +68,11 @@ class Settings:
     )
     grace: float = setting(60.0, "seconds before what nobody claims is given back")
     audit: float = setting(30.0, "seconds between two audits of the kernel")
+    repair: bool = setting(
+        True,
+        "whether what others change of pynet's in the kernel is put right; false is to "
+        "watch what breaks: it is reported and left",
+    )
     dead_after: float = setting(
         86400.0,
         "seconds after which a host that is away counts as dead, and others give its "
@@ -144,6 +149,8 @@ def check(source: str, name: str, value: Any) -> Any:
         )
     default = FIELDS[name].default
     choices = FIELDS[name].metadata["choices"]
+    if isinstance(default, bool):
+        return yes_or_no(source, name, value)
     if isinstance(default, float):
         return seconds(source, name, value)
     if isinstance(default, int):
@@ -153,6 +160,14 @@ def check(source: str, name: str, value: Any) -> Any:
     if choices and value not in choices:
         raise InvalidParameter(f"{source}: {name} must be one of {', '.join(choices)}")
     return value
+
+
+def yes_or_no(source: str, name: str, value: Any) -> bool:
+    """Read a truth value."""
+    text = str(value).lower() if isinstance(value, bool | str) else ""
+    if text not in {"true", "false"}:
+        raise InvalidParameter(f"{source}: {name} must be true or false, not {value!r}")
+    return text == "true"
 
 
 def port(source: str, name: str, value: Any) -> int:

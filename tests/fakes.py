@@ -14,7 +14,8 @@ from cnmdriver.driver.site import Site, Underlay
 from cnmdriver.errors import Conflict, KernelError
 from cnmdriver.model import Alive, Host, IPAddress, IPNetwork
 from cnmdriver.plan import pools
-from cnmdriver.plan.ops import Hold, Key, Op, Plan, Sysctl
+from cnmdriver.plan.ops import Hold, Key, Op, Plan, Sysctl, Veth
+from cnmdriver.plan.sight import Echo, Filters, Inner, Way
 from cnmdriver.store import records
 from cnmdriver.store.base import Change, Event, Lease, Listing
 from cnmdriver.store.local import LocalDatabase
@@ -42,6 +43,9 @@ class FakeKernel:
         self.applied = 0
         self.dead: set[str] = set()
         self.reattached: list[str] = []
+        self.inners: dict[str, Inner] = {}
+        self.walls = Filters()
+        self.silent = False
 
     async def apply(
         self, plan: Plan, still: Callable[[Plan], Plan] = lambda plan: plan
@@ -112,6 +116,35 @@ class FakeKernel:
         """Note which sandbox got a device."""
         self.reattached.append(sandbox)
         return "eth0"
+
+    async def inner(self, sandbox: str, pair: Veth, mac: str, towards: object) -> Inner:
+        """Return what the test put into the sandbox."""
+        del pair, mac, towards
+        return self.inners.get(sandbox, Inner(face=None))
+
+    async def way(self, to: IPAddress) -> Way:
+        """Return an ordinary way."""
+        return Way(to=to, device="eth0", up=True, carrier=True, mtu=1500)
+
+    async def received(self, where: str, device: str) -> int | None:
+        """Have counted nothing."""
+        del where, device
+        return None
+
+    async def filters(self) -> Filters:
+        """Return the filters of the test."""
+        return self.walls
+
+    async def ping(
+        self, sandbox: str, source: IPAddress, to: IPAddress, size: int = 84
+    ) -> Echo:
+        """Answer at once, unless the test is silent."""
+        del sandbox, source
+        return Echo(to=to, size=size, milliseconds=None if self.silent else 0.5)
+
+    async def datagram(self, sandbox: str, source: IPAddress, to: IPAddress) -> Echo:
+        """Do the same."""
+        return await self.ping(sandbox, source, to, 44)
 
     async def watch(self, heard: Callable[[bool], None]) -> None:
         """Have no news."""

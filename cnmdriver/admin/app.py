@@ -13,6 +13,7 @@ from typing import Protocol
 
 from aiohttp import web
 
+from cnmdriver import recent
 from cnmdriver.driver.hosts import watermarks
 from cnmdriver.driver.site import Site
 from cnmdriver.errors import (
@@ -24,8 +25,10 @@ from cnmdriver.errors import (
     StoreError,
 )
 from cnmdriver.insight import kernel, report
+from cnmdriver.insight.doctor import doctor
 from cnmdriver.insight.explain import explain
 from cnmdriver.insight.status import status
+from cnmdriver.insight.trace import trace
 from cnmdriver.model import Endpoint, IPAddress, Pool, Reservation
 from cnmdriver.store import records
 from cnmdriver.store.view import View
@@ -195,6 +198,27 @@ async def _diff(doors: Doors, _: web.Request) -> object:
     return await kernel.diff(doors.site)
 
 
+async def _trace(doors: Doors, request: web.Request) -> object:
+    return await trace(
+        doors.site,
+        request.query.get("from", ""),
+        request.query.get("to", ""),
+        repairs=bool(doors.info().get("mends", True)),
+    )
+
+
+async def _doctor(doors: Doors, _: web.Request) -> object:
+    return await doctor(doors.site, doors.info())
+
+
+async def _settings(doors: Doors, _: web.Request) -> object:
+    return doors.info().get("settings", {})
+
+
+async def _log(_: Doors, __: web.Request) -> object:
+    return {"lines": list(recent.lines)}
+
+
 async def _census(doors: Doors, _: web.Request) -> object:
     return await kernel.census(doors.site)
 
@@ -215,6 +239,10 @@ CALLS: Mapping[tuple[str, str], Call] = {
     ("GET", "explain"): _explain,
     ("GET", "diff"): _diff,
     ("GET", "census"): _census,
+    ("GET", "trace"): _trace,
+    ("GET", "doctor"): _doctor,
+    ("GET", "settings"): _settings,
+    ("GET", "log"): _log,
 }
 
 

@@ -14,6 +14,10 @@ class ClientError(Exception):
     """What a person must be told, in one sentence."""
 
 
+class NotRunningError(ClientError):
+    """There is no daemon."""
+
+
 class UnixConnection(HTTPConnection):
     """HTTP over a Unix socket."""
 
@@ -53,7 +57,9 @@ class Client:
             answer = connection.getresponse()
             status, body = answer.status, answer.read()
         except (OSError, HTTPException) as error:
-            raise ClientError(self.explain(error)) from error
+            absent = isinstance(error, FileNotFoundError | ConnectionRefusedError)
+            kind = NotRunningError if absent else ClientError
+            raise kind(self.explain(error)) from error
         finally:
             connection.close()
         return self.read(status, body)

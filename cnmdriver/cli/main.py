@@ -21,6 +21,9 @@ COMMANDS = {
     "explain": ("cnmdriver.cli.host:explain", "Print what one would type instead."),
     "diff": ("cnmdriver.cli.host:diff", "Compare the kernel with the plans."),
     "census": ("cnmdriver.cli.host:census", "List all that pynet owns on this host."),
+    "trace": ("cnmdriver.cli.checks:trace", "Find where a packet between two dies."),
+    "doctor": ("cnmdriver.cli.checks:doctor", "Check this host and each other one."),
+    "report": ("cnmdriver.cli.report:report", "Write an archive for a bug report."),
     "lab": ("cnmdriver.lab.cli:lab", "Run several Docker hosts on this machine."),
 }
 

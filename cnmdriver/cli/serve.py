@@ -18,9 +18,7 @@ def every_setting(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command an option for each setting."""
     for name, field in reversed(list(settings.FIELDS.items())):
         choices = field.metadata["choices"]
-        shown = (
-            f"{field.default:g}" if isinstance(field.default, float) else field.default
-        )
+        shown = written(field.default)
         default = f"  [default: {shown}]" if shown else ""
         command = click.option(
             "--" + name.replace("_", "-"),
@@ -32,9 +30,18 @@ def every_setting(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+def written(default: object) -> str:
+    """Write a default as a person would type it."""
+    if isinstance(default, bool):
+        return str(default).lower()
+    return f"{default:g}" if isinstance(default, float) else str(default)
+
+
 def metavar(default: object) -> str:
     """Return what the help calls a value."""
-    return {float: "SECONDS", int: "NUMBER"}.get(type(default), "TEXT")
+    return {float: "SECONDS", int: "NUMBER", bool: "true|false"}.get(
+        type(default), "TEXT"
+    )
 
 
 @click.command()

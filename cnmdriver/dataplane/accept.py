@@ -92,6 +92,11 @@ class Accepts:
                 found.append(op)
         return tuple(found)
 
+    async def listings(self) -> tuple[tuple[str, str], ...]:
+        """Return the programs whose tables can stop traffic, and what each lists."""
+        tools = [tool for v in (4, 6) for tool in await self._tools(v)]
+        return tuple([(tool, await _run(tool, "-S")) for tool in tools])
+
     async def _tools(self, version: int) -> tuple[str, ...]:
         """Return the programs whose tables can stop our traffic."""
         name = "iptables" if version == 4 else "ip6tables"

@@ -28,7 +28,8 @@ from pathlib import Path
 
 import structlog
 
-from cnmdriver.dataplane import sandbox
+from cnmdriver.dataplane import probe
+from cnmdriver.dataplane import sandbox as inside
 from cnmdriver.dataplane.accept import Accepts
 from cnmdriver.dataplane.addresses import Addresses
 from cnmdriver.dataplane.entries import Entries, Reading
@@ -68,6 +69,7 @@ from cnmdriver.plan.ops import (
     name,
     union,
 )
+from cnmdriver.plan.sight import Echo, Filters, Inner, Way
 
 log = structlog.get_logger()
 
@@ -281,6 +283,57 @@ class Kernel:
                 reattach(self._host.netlink, sandbox, attachment, addresses)
             )
 
+    async def inner(
+        self, sandbox: str, pair: Veth, mac: str, towards: Iterable[IPAddress]
+    ) -> Inner:
+        """
+        Read the device that a sandbox has of a pair, and how it reaches addresses.
+
+        Raises KernelError if the sandbox is gone.
+        """
+        async with self._lock:
+            crew = await settled(self._crew(pair.where))
+        port = await crew.links.ours(pair.name) if crew is not None else None
+        beyond = None if port is None else port.beyond
+        return await inside.look(sandbox, beyond, mac, towards)
+
+    async def way(self, to: IPAddress) -> Way:
+        """Return where the host sends packets to an address."""
+        return await settled(inside.way(self._host.netlink, to))
+
+    async def received(self, where: str, device: str) -> int | None:
+        """Count the frames a device took, None if it is not there."""
+        async with self._lock:
+            if await settled(self._crew(where)) is None:
+                return None
+            place = self._host if where == HOST else await self._places.get(where)
+            if place is None:
+                return None
+            return await settled(place.netlink.received(device))
+
+    async def filters(self) -> Filters:
+        """Read the host's own packet filters, whoever made them."""
+        async with self._lock:
+            crew = self._crews[HOST]
+            accepts = next(h for h in crew.others if isinstance(h, Accepts))
+            listings = await settled(accepts.listings())
+            ruleset = await settled(crew.firewall.ruleset())
+        return Filters(listings=listings, ruleset=ruleset)
+
+    async def ping(
+        self, sandbox: str, source: IPAddress, to: IPAddress, size: int = probe.SMALL
+    ) -> Echo:
+        """
+        Ask an address for an echo, from a sandbox, or with "" from the host.
+
+        Ends within two seconds. Nobody may fragment the packets of `size` bytes.
+        """
+        return await probe.ping(sandbox, source, to, size)
+
+    async def datagram(self, sandbox: str, source: IPAddress, to: IPAddress) -> Echo:
+        """Send a datagram that the far kernel refuses if its checksum is right."""
+        return await probe.datagram(sandbox, source, to)
+
     async def watch(self, heard: Callable[[bool], None]) -> None:
         """
         Call back whenever something of ours may have been changed, until cancelled.
@@ -344,7 +397,7 @@ class Kernel:
 
     def has_sandbox(self, key: str) -> bool:
         """Tell whether a sandbox is still there, as far as this process can see."""
-        return sandbox.is_there(key)
+        return inside.is_there(key)
 
     def changed_sysctls(self) -> dict[str, str]:
         """Return path and earlier value of each setting changed for good."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from cnmdriver.model import IPAddress
 
-UP = 0x1
+UP, CARRIER = 0x1, 0x10000
 BRIDGE_FLAGS = {
     "hairpin": "mode",
     "isolated": "isolated",
@@ -61,6 +61,8 @@ class Link:
     beyond: int | None
     """The index of the far end in the namespace where that is."""
     up: bool
+    carrier: bool
+    """Whether the kernel takes it that somebody is at the other end."""
     genmode: int | None
     """How it makes IPv6 addresses of its own; None for a device without IPv6."""
     snooping: bool
@@ -87,6 +89,7 @@ def read(message: Any) -> Link:
         other=None if elsewhere else message.get("IFLA_LINK"),
         beyond=message.get("IFLA_LINK") if elsewhere else None,
         up=bool(message["flags"] & UP),
+        carrier=bool(message["flags"] & CARRIER),
         genmode=message.get_nested(*mode),
         snooping=bool(message.get_nested(*data)),
         port=port(message) if master else Port(),

@@ -26,6 +26,7 @@ from cnmdriver.dataplane.inside import Inside
 from cnmdriver.dataplane.link import BRIDGE_FLAGS, Link, Port, read
 from cnmdriver.errors import KernelError
 from cnmdriver.model import IPAddress, IPInterface, IPNetwork
+from cnmdriver.plan.sight import Near
 
 NODAD = 0x02
 PERMANENT = 0x80
@@ -135,6 +136,18 @@ class Netlink:
         except OSError:
             return None
 
+    async def received(self, name: str) -> int | None:
+        """Count the frames a device took, None if there is none of that name."""
+        what = f"reading the counters of {name}"
+        try:
+            answer = await self._request(what, self._ip.link("get", ifname=name))
+        except NetlinkError as error:
+            if error.code == errno.ENODEV:
+                return None
+            raise _refusal(what, error) from error
+        counters = answer[0].get("IFLA_STATS64") or {}
+        return int(counters.get("rx_packets", 0))
+
     async def links(self, group: int | None = None) -> tuple[Link, ...]:
         """Return all devices of the namespace, or those of one group."""
         # Leaving out statistics halves what there is to decode.
@@ -237,6 +250,19 @@ class Netlink:
                 return False
             raise _refusal(what, error) from error
         return True
+
+    async def neighbours(self, link: Link) -> tuple[Near, ...]:
+        """Return what a device takes the MACs of addresses to be."""
+        found = await self._dump("listing the neighbours", "neigh")
+        return tuple(
+            Near(
+                address=ipaddress.ip_address(m.get("NDA_DST")),
+                mac=m.get("NDA_LLADDR") or "",
+                state=m["state"],
+            )
+            for m in found
+            if m["ifindex"] == link.index and m.get("NDA_DST")
+        )
 
     async def routes(self) -> tuple[tuple[IPNetwork, int], ...]:
         """Return network and device index of the main table's routes."""

@@ -193,6 +193,11 @@ class Firewall:
             if counter and counter["table"] == NAME
         }
 
+    async def ruleset(self) -> str:
+        """Return all tables, whoever made them, as JSON; sets without their content."""
+        what = "reading the firewall"
+        return await self._nft.run(what, "list ruleset", flags=JSON | TERSE)
+
     async def _mark(self, table: Table) -> str | None:
         """
         Return the mark of the table's text, None if there is no such table.

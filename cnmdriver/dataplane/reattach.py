@@ -5,12 +5,11 @@ Docker moves a device into a sandbox once, and never looks again. Its name there
 prefix and the lowest free number (libnetwork osl/interface_linux.go).
 """
 
-import os
 from pathlib import Path
 
-from cnmdriver.dataplane.handler import refusal
 from cnmdriver.dataplane.netlink import Netlink
 from cnmdriver.dataplane.place import Place
+from cnmdriver.dataplane.sandbox import opened
 from cnmdriver.errors import KernelError
 from cnmdriver.model import Attachment, IPInterface
 
@@ -25,18 +24,8 @@ async def reattach(
     addresses: tuple[IPInterface, ...],
 ) -> str:
     """Move a new device into a sandbox and set it up; return its name there."""
-    what = f"entering sandbox {sandbox}"
-    try:
-        descriptor = os.open(sandbox, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise refusal(what, error.errno or 0) from error
-    place = Place(what, descriptor)
-    try:
-        await place.open()
+    async with opened(sandbox) as place:
         return await _move(outer, place, attachment, addresses)
-    finally:
-        # Whatever holds the descriptor keeps a dead sandbox alive.
-        await place.close()
 
 
 async def _move(

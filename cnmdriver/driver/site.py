@@ -6,7 +6,7 @@ view does not have, but for what Docker alone knows (its own bridges).
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -17,18 +17,21 @@ from cnmdriver.model import (
     Alive,
     Attachment,
     Endpoint,
+    Hop,
     Host,
     IPAddress,
     IPInterface,
     IPNetwork,
     Member,
     Network,
+    Question,
     Remote,
     Underlay,
 )
 from cnmdriver.plan import devices, firewall, ops
 from cnmdriver.plan.modes import MODES, Mode
-from cnmdriver.plan.ops import Plan, Vxlan
+from cnmdriver.plan.ops import Plan, Veth, Vxlan
+from cnmdriver.plan.sight import Echo, Filters, Inner, Way
 from cnmdriver.store import records
 from cnmdriver.store.state import State
 from cnmdriver.store.view import View
@@ -84,6 +87,32 @@ class Dataplane(Protocol):
     ) -> str:
         """Give a sandbox the device it has lost; return the name it has there."""
 
+    async def inner(
+        self, sandbox: str, pair: Veth, mac: str, towards: Iterable[IPAddress]
+    ) -> Inner:
+        """
+        Read the device that a sandbox has of a pair, and how it reaches addresses.
+
+        Raises KernelError if the sandbox is gone.
+        """
+
+    async def way(self, to: IPAddress) -> Way:
+        """Return where the host sends packets to an address."""
+
+    async def received(self, where: str, device: str) -> int | None:
+        """Count the frames a device took, None if it is not there."""
+
+    async def filters(self) -> Filters:
+        """Read the host's own packet filters, whoever made them."""
+
+    async def ping(
+        self, sandbox: str, source: IPAddress, to: IPAddress, size: int = ...
+    ) -> Echo:
+        """Ask an address for an echo, from a sandbox, or with "" from the host."""
+
+    async def datagram(self, sandbox: str, source: IPAddress, to: IPAddress) -> Echo:
+        """Send a datagram that the far kernel refuses if its checksum is right."""
+
     async def watch(self, heard: Callable[[bool], None]) -> None:
         """
         Call back whenever something of ours may have been changed, until cancelled.
@@ -96,6 +125,10 @@ class Dataplane(Protocol):
 
     def changed_sysctls(self) -> dict[str, str]:
         """Return the host's settings that were changed, with their old values."""
+
+
+Ask = Callable[[str, Question], Awaitable[tuple[Hop, ...]]]
+"""Asks the host of an id; raises StoreError if it cannot be asked, or is silent."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -113,6 +146,8 @@ class Site:
     """What Docker calls a network or endpoint, by its id, as far as it told."""
     lingering: dict[str, float] = field(default_factory=dict)
     """Until when hosts whose lease has run out are not hidden yet."""
+    ask: Ask | None = None
+    """Asks another host what it has, if there can be others."""
 
     @property
     def view(self) -> View:

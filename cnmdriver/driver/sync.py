@@ -81,6 +81,10 @@ class Sync:
         self.ipam = ipam
         self.docker = docker
         self.audit = audit
+        self.mends = True
+        """Whether what others change in the kernel is put right, once started."""
+        self.reported: tuple[str, ...] = ()
+        """The differences that were last logged and left."""
         self.dirty = asyncio.Event()
         self.settle = 0.0
         """Seconds to look again after a difference; none before Docker can call."""
@@ -88,6 +92,7 @@ class Sync:
         self.missing = Patience(grace)
         self.doubted = Patience(DOUBT)
         self.inventory: Inventory | None = None
+        self.docker_version = ""
         self.orphans: tuple[str, ...] = ()
         self.problems: tuple[str, ...] = ()
         self.repairs: Counter[str] = Counter()
@@ -156,6 +161,9 @@ class Sync:
             # A call of Docker may be half way between the records and the kernel.
             await asyncio.sleep(self.settle)
             difference = await self.look()
+        if self.settle and not self.mends:
+            self.report(difference)
+            return
         problems = await self.mend(difference)
         surplus, self.orphans = removable(
             difference.surplus, self.known_endpoints(), shared=await self.shared()
@@ -167,6 +175,14 @@ class Sync:
             except DriverError as error:
                 problems.append(str(error))
         self.problems = tuple(problems)
+
+    def report(self, difference: ops.Difference) -> None:
+        """Log what is left as it was found, once."""
+        lines = tuple(difference.lines())
+        for line in lines:
+            if line not in self.reported:
+                log.warning("sync.left", what=line)
+        self.reported = lines
 
     async def look(self) -> ops.Difference:
         """Compare the kernel with the plans."""
@@ -345,6 +361,7 @@ class Sync:
     async def follow(self, docker: DockerApi, driver: str) -> None:
         """Read Docker's lists at each of its events, until it goes away."""
         async with contextlib.aclosing(docker.events()) as events:
+            self.docker_version = await docker.version()
             async for _ in events:
                 # What happens meanwhile comes as one event more.
                 await asyncio.sleep(SETTLE)

@@ -1,6 +1,5 @@
 """Is it well: the daemon, its store, Docker's door, and what needs attention."""
 
-import re
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 
@@ -11,10 +10,9 @@ from cnmdriver.insight.report import Json, ports, text
 from cnmdriver.model import Reservation
 from cnmdriver.plan.ops import Difference
 from cnmdriver.privileges import lacking
+from cnmdriver.redaction import USERINFO
 from cnmdriver.store import checks
 
-SECRET = re.compile(r"(?<=://)[^/@]*@")
-"""User and password in the address of a store."""
 SHOWN = 3
 """How many of a kind are named; of more there is only the number."""
 
@@ -25,8 +23,8 @@ async def status(site: Site, info: Mapping[str, object]) -> Json:
 
     `info` has what only the daemon knows of itself: `pid`, `uptime` in seconds, `store`
     (its address), `docker` ("connected", "away" or "off"), `hidden` (whether it lost
-    its lease), and the sentences of `problems` and the names of `orphans` that the last
-    audit left.
+    its lease), `docker_version`, `mends` (whether drift is put right), and the
+    sentences of `problems` and the names of `orphans` that the last audit left.
     """
     attention = [sentence async for sentence in remarks(site, info)]
     members = list(site.members())
@@ -46,7 +44,7 @@ async def status(site: Site, info: Mapping[str, object]) -> Json:
             "vtep": text(site.host.vtep),
         },
         "store": {
-            "url": SECRET.sub("", str(info.get("store", ""))),
+            "url": USERINFO.sub("", str(info.get("store", ""))),
             "revision": site.view.revision,
             "away": site.state.away,
         },
@@ -64,6 +62,11 @@ async def remarks(site: Site, info: Mapping[str, object]) -> AsyncIterator[str]:
     """Yield a sentence for everything a person should look at."""
     for sentence in (*reached(site, info), *lacking()):
         yield sentence
+    if not info.get("mends", True):
+        yield (
+            "what others change of pynet's in the kernel is reported and left, as "
+            "repair=false says; start pynet without that to have it put right"
+        )
     async for sentence in outbox(site):
         yield sentence
     for sentence in stored(site, info):
@@ -80,7 +83,7 @@ def reached(site: Site, info: Mapping[str, object]) -> Iterator[str]:
     """Say whether the store, and through it the others, are out of reach."""
     if site.state.away is not None:
         since = time.strftime("%H:%M:%S UTC", time.gmtime(site.state.since))
-        why = SECRET.sub("", site.state.away)
+        why = USERINFO.sub("", site.state.away)
         yield f"the store has been away since {since}: {why}"
     if info.get("hidden"):
         yield (

@@ -17,6 +17,7 @@ from cnmdriver.errors import StoreError
 from cnmdriver.model import (
     PROTOCOLS,
     Alive,
+    Answer,
     Block,
     Cluster,
     Endpoint,
@@ -29,6 +30,7 @@ from cnmdriver.model import (
     Network,
     Pool,
     Published,
+    Question,
     Reservation,
     Subnet,
     Vni,
@@ -48,6 +50,8 @@ PORTS = range(1, 1 << 16)
 MTUS = range(68, (1 << 16) + 1)
 """Of a link; a loopback's is the largest there is."""
 COUNTS = range(1 << 63)
+HOPS = 64
+"""More than this no answer has."""
 MANY = 8192
 """More ports, options or reserved addresses than this no record has."""
 SHOWN = 80
@@ -156,6 +160,34 @@ def sign(parts: Parts, record: object) -> bool:
         case Watermark():
             within(COUNTS, record.revision, "revision")
     return named(parts)
+
+
+def question(parts: Parts, record: object) -> bool:
+    """Check what a host asks another."""
+    if not isinstance(record, Question):
+        return False
+    match(ID, record.id, "id")
+    for field in ("network", "endpoint", "other"):
+        if getattr(record, field):
+            match(ID, getattr(record, field), field)
+    return between(parts)
+
+
+def answer(parts: Parts, record: object) -> bool:
+    """Check what a host has answered: it is printed, and nothing else."""
+    if not isinstance(record, Answer):
+        return False
+    match(ID, record.id, "id")
+    demand(len(record.hops) <= HOPS, "number of hops")
+    for hop in record.hops:
+        words(64, name=hop.name)
+        words(512, wanted=hop.wanted, found=hop.found, remedy=hop.remedy)
+    return between(parts)
+
+
+def between(parts: Parts) -> bool:
+    """Tell whether the rest of a key is the names of two hosts."""
+    return len(parts) == 2 and all(ID.fullmatch(part) for part in parts)
 
 
 def named(parts: Parts) -> bool:
@@ -294,6 +326,8 @@ RULES: Mapping[str, Rule] = {
     "fence": sign,
     "kept": sign,
     "knocks": sign,
+    "questions": question,
+    "answers": answer,
     "watermarks": sign,
     "networks": network,
     "members": member,

@@ -9,6 +9,8 @@ Keys, under a prefix of the store's own:
     fence/<host>                       Fence         (same lease; expected by commits)
     kept/<host>                        Kept          (on a long lease)
     knocks/<host>                      Knock
+    questions/<asked>/<asking>         Question      (on the lease of who asks)
+    answers/<asked>/<asking>           Answer        (on the lease of who was asked)
     networks/<network>                 Network
     members/<network>/<host>           Member
     spaces/<space>                     Space: changed with every claim
@@ -33,6 +35,7 @@ import msgspec
 from cnmdriver.errors import StoreError
 from cnmdriver.model import (
     Alive,
+    Answer,
     Block,
     Cluster,
     Endpoint,
@@ -45,6 +48,7 @@ from cnmdriver.model import (
     Member,
     Network,
     Pool,
+    Question,
     Reservation,
     Vni,
     Watermark,
@@ -70,6 +74,8 @@ TYPES: dict[str, type[Any]] = {
     "fence": Fence,
     "kept": Kept,
     "knocks": Knock,
+    "questions": Question,
+    "answers": Answer,
     "networks": Network,
     "members": Member,
     "spaces": Space,
@@ -109,6 +115,16 @@ def kept(host: str) -> str:
 def knock(host: str) -> str:
     """Return the key by which one asks whether a host is alive."""
     return f"knocks/{host}"
+
+
+def question(asked: str, asking: str) -> str:
+    """Return the key of what one host asks another."""
+    return f"questions/{asked}/{asking}"
+
+
+def answer(asked: str, asking: str) -> str:
+    """Return the key of what that host has answered."""
+    return f"answers/{asked}/{asking}"
 
 
 def vni(number: int) -> str:
@@ -169,7 +185,15 @@ def endpoint(network: str, name: str) -> str:
 def group(key: str) -> str:
     """Return the prefix that a key shares with its like; records are listed by it."""
     kind, _, rest = key.partition("/")
-    depth = {"addresses": 4, "blocks": 4, "members": 2, "endpoints": 2, "pools": 2}
+    depth = {
+        "addresses": 4,
+        "blocks": 4,
+        "members": 2,
+        "endpoints": 2,
+        "pools": 2,
+        "questions": 2,
+        "answers": 2,
+    }
     parts = [kind, *rest.split("/")]
     return "/".join(parts[: depth.get(kind, 1)]) + "/"
 

@@ -16,7 +16,7 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import structlog
 
@@ -252,6 +252,17 @@ class Session:
         await self.store.commit(change, self.lease)
         # Only now: who was not answered is answered at the next turn.
         self.knocks -= heard
+
+    async def utter(
+        self, puts: Mapping[str, bytes], deletes: Iterable[str] = ()
+    ) -> None:
+        """
+        Write what ends with this host's lease, and delete other such records.
+
+        Raises StoreError if the store is away, or this host has no lease.
+        """
+        change = Change(expect=self.expect(), puts=puts, deletes=frozenset(deletes))
+        await self.store.commit(change, self.lease)
 
     # The fence.
 

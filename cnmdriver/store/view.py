@@ -23,7 +23,10 @@ from cnmdriver.store.base import Change, Item
 
 R = TypeVar("R")
 
-OF_THE_STORE = ("cluster", "fence/", "kept/", "knocks/", records.WATERMARKS)
+OF_THE_STORE = (
+    *("cluster", "fence/", "kept/", "knocks/", "questions/", "answers/"),
+    records.WATERMARKS,
+)
 """Records that end with the store's content: they are never published again."""
 
 

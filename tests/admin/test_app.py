@@ -21,7 +21,13 @@ from cnmdriver.store import records
 from tests import scene
 from tests.fakes import rig
 
-INFO = {"pid": 7, "uptime": 3.5, "store": "sqlite:///s", "docker": "off"}
+INFO = {
+    "pid": 7,
+    "settings": {"audit": 30.0},
+    "uptime": 3.5,
+    "store": "sqlite:///s",
+    "docker": "off",
+}
 
 
 @asynccontextmanager
@@ -84,6 +90,10 @@ async def delete(client, path, **query):
         ("explain?network=green", dict),
         ("diff", dict),
         ("census", dict),
+        ("doctor", dict),
+        ("trace?from=web&to=db", dict),
+        ("log", dict),
+        ("settings", dict),
     ],
 )
 async def test_every_question_is_answered(client, path, kind):

@@ -9,10 +9,12 @@ from cnmdriver.errors import StoreError
 from cnmdriver.model import (
     TCP,
     Alive,
+    Answer,
     Block,
     Cluster,
     Endpoint,
     Fence,
+    Hop,
     Host,
     Kept,
     Knock,
@@ -20,6 +22,7 @@ from cnmdriver.model import (
     Network,
     Pool,
     Published,
+    Question,
     Reservation,
     Subnet,
     Vni,
@@ -61,6 +64,10 @@ ENDPOINT = Endpoint(
 )
 BLOCK = Block(host="h1")
 
+QUESTION = Question(id="q", network="n1", endpoint="e1", other="e2")
+HOP = Hop(name="port", wanted="a b", found="c", well=None, remedy="ip link set x up")
+ANSWER = Answer(id="q", hops=(HOP,) * 64)
+
 SOUND = [
     ("cluster", Cluster(id="c", schema=1)),
     ("hosts/h1", HOST),
@@ -69,6 +76,9 @@ SOUND = [
     ("fence/h1", Fence(instance="i", count=3)),
     ("kept/h1", Kept()),
     ("knocks/h1", Knock(instance="i")),
+    ("questions/h1/h2", QUESTION),
+    ("questions/h1/h2", Question(id="q")),
+    ("answers/h1/h2", ANSWER),
     ("watermarks/h1", Watermark(revision=7)),
     ("networks/n1", NETWORK),
     ("networks/n1", replace(NETWORK, mode="magic", gateway="wand", vni=0)),
@@ -100,6 +110,11 @@ KEYS = [
     ("fence/h 1", Fence(instance="i")),
     ("kept/\x1b[2J", Kept()),
     ("watermarks/h/h", Watermark(revision=1)),
+    ("questions/h1", QUESTION),
+    ("questions/h1/h2/h3", QUESTION),
+    ("questions/h1/h 2", QUESTION),
+    ("answers/h1", ANSWER),
+    ("answers//h1", ANSWER),
     ("networks/n2", NETWORK),
     ("members/n1", MEMBER),
     ("members/n2/h1", MEMBER),
@@ -126,6 +141,12 @@ KEYS = [
 ]
 
 VALUES = [
+    ("questions/h1/h2", replace(QUESTION, id=""), "id ''"),
+    ("questions/h1/h2", replace(QUESTION, endpoint="../e"), "endpoint '../e'"),
+    ("answers/h1/h2", replace(ANSWER, hops=(HOP,) * 65), "number of hops"),
+    ("answers/h1/h2", Answer(id="q", hops=(replace(HOP, found="\x1b["),)), "found"),
+    ("answers/h1/h2", Answer(id="q", hops=(replace(HOP, name="x" * 65),)), "name of"),
+    ("answers/h1/h2", Answer(id="q", hops=(replace(HOP, remedy="x" * 513),)), "remedy"),
     ("cluster", Cluster(id="a/b", schema=1), "id 'a/b'"),
     ("cluster", Cluster(id="c", schema=-1), "schema -1"),
     ("hosts/h1", replace(HOST, id="../x"), "id '../x'"),

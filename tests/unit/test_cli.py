@@ -27,7 +27,7 @@ from tests.fakes import rig
 
 
 @contextmanager
-def served(directory, prepare):
+def served(directory, prepare, known=None):
     """Serve a host in a thread of its own; yield it and the path of its socket."""
     ready, over, loop = threading.Event(), asyncio.Event(), asyncio.new_event_loop()
     path, hosts = directory / "admin.sock", []
@@ -40,6 +40,7 @@ def served(directory, prepare):
                 "uptime": 3725.0,
                 "store": "sqlite:///s",
                 "docker": "off",
+                **(known or {}),
             }
             app = application(
                 made.site,

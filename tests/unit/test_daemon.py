@@ -336,12 +336,15 @@ async def test_what_the_daemon_knows(short, docker, said):
         whole.sync.orphans, whole.sync.problems = ("o",), ("p",)
         info = whole.info()
         assert info.pop("uptime") >= 0
+        assert info.pop("settings")["store"] == "sqlite:///a.db"
         assert info == {
             "version": "test",
             "pid": os.getpid(),
             "store": "sqlite:///a.db",
             "docker": said,
             "hidden": False,
+            "mends": True,
+            "docker_version": "",
             "repairs": {},
             "orphans": ["o"],
             "conflicts": [],

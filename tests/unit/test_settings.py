@@ -12,7 +12,7 @@ from cnmdriver.settings import Settings
 NAMES = (
     "socket, state_dir, run_dir, store, store_prefix, store_ca, store_cert, "
     "store_key, store_user, store_password_file, host_name, vtep, vxlan_port, "
-    "namespace, docker, scope, default_pools, grace, audit, dead_after, socket_group, log_format, log_level"
+    "namespace, docker, scope, default_pools, grace, audit, repair, dead_after, socket_group, log_format, log_level"
 )
 
 
@@ -211,6 +211,22 @@ def test_bad_port(value):
     )
 
 
+@pytest.mark.parametrize(
+    ("value", "said"), [("true", True), ("False", False), (True, True), (False, False)]
+)
+def test_truth(value, said):
+    """A truth value is TOML's, or its word."""
+    assert settings.load({"repair": value}, {}).repair is said
+
+
+@pytest.mark.parametrize("value", ["", "yes", "0", 0, 1, [], "truee"])
+def test_bad_truth(value):
+    """Whatever is neither true nor false is refused with what it was."""
+    assert refused({"repair": value}) == (
+        f"--repair: repair must be true or false, not {value!r}"
+    )
+
+
 def test_every_setting_has_help():
     """Each setting says what it is, and its default is one of its choices."""
     assert ", ".join(settings.FIELDS) == NAMES
@@ -223,7 +239,7 @@ def test_every_setting_has_help():
 def test_every_setting_comes_from_everywhere(tmp_path):
     """A setting's value may come from each of the three sources."""
     for name, found in settings.FIELDS.items():
-        text = {float: "7.5", int: "7"}.get(type(found.default), "x")
+        text = {float: "7.5", int: "7", bool: "false"}.get(type(found.default), "x")
         text = found.metadata["choices"][-1] if found.metadata["choices"] else text
         given = settings.load({name: text}, {})
         assert given != Settings()

@@ -131,6 +131,40 @@ async def forget(parts: Rig, *prefixes: str) -> None:
 # The kernel.
 
 
+async def test_what_is_to_be_left(parts, docker, sync):
+    """Without repairs a difference is logged once and left, also one that is surplus."""
+    sync.mends = False
+    await docker.create(RED, "10.1.0.0/24")
+    await docker.start(BOX, RED)
+    await sync.turn()
+    sync.settle = 0.01
+    into_sandbox(parts.kernel)
+    bridge = one(parts.kernel, Bridge)
+    parts.kernel.ops[bridge.key] = replace(bridge, up=False)
+    stray = replace(bridge, name="pn-stray")
+    parts.kernel.ops[stray.key] = stray
+    before = dict(parts.kernel.ops)
+    with structlog.testing.capture_logs() as logs:
+        await sync.turn()
+        await sync.turn()
+    assert parts.kernel.ops == before
+    said = [(e["event"], e["what"]) for e in logs]
+    assert said == [
+        ("sync.left", f"~ device {bridge.name}: up is False and should be True"),
+        ("sync.left", "- device pn-stray"),
+    ]
+
+
+async def test_a_start_makes_what_is_lacking(parts, docker, sync):
+    """Without repairs a daemon that starts still makes what its plans need."""
+    sync.mends = False
+    await docker.create(RED, "10.1.0.0/24")
+    held = set(parts.kernel.ops)
+    parts.kernel.ops.clear()
+    await sync.turn()
+    assert set(parts.kernel.ops) == held
+
+
 async def test_nothing_to_do(parts, docker, sync):
     """A kernel that is as the plans say is left alone, and nothing is reported."""
     await docker.create(RED, "10.1.0.0/24", "fd01::/64")

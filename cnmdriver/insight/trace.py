@@ -1,0 +1,517 @@
+"""
+Trace: the way between two endpoints, on both hosts, and where it ends.
+
+What is planned and found is compared step by step, the other host is asked for its part
+(`driver/questions.py`), and real packets are sent from the sandbox. A trace looks, and
+changes nothing.
+"""
+
+import asyncio
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+
+from cnmdriver.driver.site import Site
+from cnmdriver.errors import Conflict, DriverError, NotFound
+from cnmdriver.insight.hops import (
+    BACK,
+    IN,
+    OUT,
+    RECEIVED,
+    Look,
+    hops,
+    ordered,
+    underlay,
+    walls,
+)
+from cnmdriver.insight.report import Json
+from cnmdriver.model import (
+    Endpoint,
+    Hop,
+    Host,
+    IPAddress,
+    IPInterface,
+    Member,
+    Network,
+    Question,
+)
+from cnmdriver.plan import devices
+from cnmdriver.plan.ops import Veth
+from cnmdriver.plan.sight import Echo, Filters, Inner, Way
+from cnmdriver.store import records
+
+CLOCK = "clock"
+"""The step that says a host's time, in seconds of Unix time; nothing goes by it."""
+SMALL = 84
+"""Bytes of an ordinary ping."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """A step, and the host it is on."""
+
+    host: str
+    hop: Hop
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """Two endpoints of one network; the first is this host's."""
+
+    network: Network
+    mine: Endpoint
+    other: Endpoint
+
+
+async def trace(site: Site, source: str, target: str, *, repairs: bool) -> Json:
+    """
+    Trace the way between two endpoints, by name, id or address, one of them here.
+
+    Raises NotFound if there are no such two, Conflict if several are meant.
+    """
+    pair = choose(site, source, target)
+    near, far, probes, base = await asyncio.gather(
+        look(site, pair, repairs=repairs),
+        distant(site, pair, repairs=repairs),
+        probe(site, pair),
+        below(site, pair),
+    )
+    arrived = None
+    if isinstance(far, tuple) and base is not None and not is_reached(probes):
+        arrived = await arriving(site, pair)
+    path = list(walked(site, pair, hops(near), far))
+    there = host_name(site, pair.other.host)
+    verdict = judge(path, probes, below=Below(base, arrived), there=there)
+    return {
+        "network": network_name(site, pair.network),
+        "mode": pair.network.mode,
+        "from": described(site, pair.mine),
+        "to": described(site, pair.other),
+        "hops": [{"host": s.host, **asdict(s.hop)} for s in path],
+        "probes": [echoed(e) for e in (*probes, *([base] if base else ()))],
+        "reachable": is_reached(probes),
+        "verdict": verdict.line,
+        "at": {"host": verdict.at.host, "hop": verdict.at.hop.name}
+        if verdict.at
+        else None,
+        "remedy": verdict.remedy,
+    }
+
+
+# Who is meant.
+
+
+def choose(site: Site, source: str, target: str) -> Pair:
+    """Find two endpoints of one network, one of them here."""
+    first, second = named(site, source), named(site, target)
+    pairs = [
+        (one, two) for one in first for two in second
+        if one.network == two.network and one.id != two.id
+    ]  # fmt: skip
+    own = [(a, b) for a, b in pairs if site.host.id in {a.host, b.host}]
+    if not own:
+        raise NotFound(apart(site, (source, target), (first, second), pairs))
+    networks = {a.network for a, _ in own}
+    if len(own) > len(networks):
+        ids = ", ".join(sorted({e.id[:12] for pair in own for e in pair}))
+        raise Conflict(f"several endpoints are meant: say which two of {ids}")
+    one, two = min(own, key=lambda pair: pair[0].network)
+    mine, other = (one, two) if one.host == site.host.id else (two, one)
+    network = site.view.get(Network, records.network(mine.network))
+    if network is None:
+        raise NotFound(f"network {mine.network[:12]} has no record in the store")
+    return Pair(network=network, mine=mine, other=other)
+
+
+def named(site: Site, wanted: str) -> list[Endpoint]:
+    """Return the endpoints of a name (of this host's), an id's start or an address."""
+    known = list(site.view.all(Endpoint, "endpoints/"))
+    for found in (
+        [e for e in known if wanted == e.id],
+        [e for e in known if wanted in {str(a.ip) for a in e.addresses}],
+        [e for e in known if wanted == site.names.get(e.id)],
+        [e for e in known if len(wanted) > 2 and e.id.startswith(wanted)],
+    ):
+        if found:
+            return found
+    raise NotFound(
+        f"no endpoint is called {wanted[:80]!r}; pynet endpoint ls lists this host's, "
+        "those of other hosts are known by address or id"
+    )
+
+
+def apart(
+    site: Site,
+    wanted: tuple[str, str],
+    found: tuple[list[Endpoint], list[Endpoint]],
+    pairs: list[tuple[Endpoint, Endpoint]],
+) -> str:
+    """Say why two endpoints cannot be traced from here."""
+    if pairs:
+        host = host_name(site, pairs[0][0].host)
+        return f"neither {wanted[0]} nor {wanted[1]} is on this host: trace on {host}"
+    networks = [
+        " and ".join(sorted({network_label(site, e.network) for e in some}))
+        for some in found
+    ]
+    if found[0] == found[1]:
+        return f"{wanted[0]} and {wanted[1]} are one endpoint"
+    return (
+        f"{wanted[0]} is on network {networks[0]} and {wanted[1]} on {networks[1]}: "
+        "they reach each other by published ports only, or when you connect one to the "
+        "other's network"
+    )
+
+
+def network_label(site: Site, network: str) -> str:
+    """Name a network by its id."""
+    member = site.view.get(Member, records.member(network, site.host.id))
+    return site.name(member.docker_id) if member is not None else network[:12]
+
+
+def network_name(site: Site, network: Network) -> str:
+    """Name a network."""
+    return network_label(site, network.id)
+
+
+def host_name(site: Site, host: str) -> str:
+    """Name a host."""
+    if host == site.host.id:
+        return site.host.name
+    found = site.view.get(Host, records.host(host))
+    return found.name if found is not None else host[:8]
+
+
+def described(site: Site, one: Endpoint) -> Json:
+    """Return who an endpoint is."""
+    return {
+        "name": site.name(one.id),
+        "id": one.id,
+        "addresses": [str(a.ip) for a in one.addresses],
+        "mac": one.mac,
+        "host": host_name(site, one.host),
+    }
+
+
+# What this host has.
+
+
+async def look(site: Site, pair: Pair, *, repairs: bool) -> Look:
+    """Look at all that this host has of the way."""
+    mine, other = pair.mine, pair.other
+    member = site.view.get(Member, records.member(pair.network.id, site.host.id))
+    peer = None
+    if other.host != site.host.id:
+        peer = site.view.get(Host, records.host(other.host)) or unknown(other.host)
+    own = site.endpoint_plan(mine)
+    inner, lost = await into(site, mine, other)
+    key = records.endpoint(other.network, other.id)
+    return Look(
+        network=pair.network,
+        host=site.host,
+        mine=mine,
+        other=other,
+        peer=peer,
+        hidden=hidden(site, other),
+        taken=taken(site, mine),
+        own=own,
+        shared=site.network_plan(member) if member is not None else (),
+        remote=site.source_plan(key) if peer is not None else (),
+        found=await site.dataplane.found(site.desired()),
+        inner=inner,
+        lost=lost,
+        way=await way(site, peer),
+        received=await received(site, pair.network) if peer is not None else None,
+        filters=await site.dataplane.filters() if peer is not None else Filters(),
+        repairs=repairs,
+    )
+
+
+def unknown(host: str) -> Host:
+    """Return a host of which the store has no record."""
+    return Host(id=host, name=host[:8], version="")
+
+
+def hidden(site: Site, other: Endpoint) -> str:
+    """Say why this host does not know where another's endpoint is, if it does not."""
+    if other.host == site.host.id or site.sees(other.host):
+        return ""
+    return "its lease ran out: what it has is hidden here"
+
+
+def taken(site: Site, mine: Endpoint) -> tuple[IPAddress, ...]:
+    """Return addresses of an endpoint that another one of its network has too."""
+    others: set[IPInterface] = set()
+    for one in site.view.all(Endpoint, f"endpoints/{mine.network}/"):
+        if one.id != mine.id:
+            others.update(one.addresses)
+    return tuple(a.ip for a in mine.addresses if a in others)
+
+
+async def into(site: Site, mine: Endpoint, other: Endpoint) -> tuple[Inner | None, str]:
+    """Look into the sandbox, and say what stood in the way."""
+    pairs = [op for op in site.endpoint_plan(mine) if isinstance(op, Veth)]
+    if not pairs:
+        return None, ""
+    if not site.dataplane.has_sandbox(mine.sandbox):
+        return Inner(face=None), "its sandbox is gone"
+    families = {a.version for a in mine.addresses}
+    towards = [a.ip for a in other.addresses if a.version in families]
+    try:
+        inner = await site.dataplane.inner(mine.sandbox, pairs[0], mine.mac, towards)
+    except DriverError as error:
+        return None, str(error)
+    return inner, ""
+
+
+async def way(site: Site, peer: Host | None) -> Way | None:
+    """Look for the way to another host's tunnels."""
+    if peer is None or peer.vtep is None:
+        return None
+    return await site.dataplane.way(peer.vtep)
+
+
+async def received(site: Site, network: Network) -> int | None:
+    """Count what a network's tunnel has taken here."""
+    return await site.dataplane.received(site.host.namespace, devices.vxlan(network.id))
+
+
+# What the other host has.
+
+
+async def distant(
+    site: Site, pair: Pair, *, repairs: bool
+) -> tuple[Hop, ...] | str | None:
+    """Ask for the other's part: None if it is here too, else why it is not known."""
+    mine, other = pair.mine, pair.other
+    if other.host == site.host.id:
+        swapped = Pair(network=pair.network, mine=other, other=mine)
+        return hops(await look(site, swapped, repairs=repairs))
+    if site.ask is None:
+        return "this host has a store of its own"
+    question = Question(id="", network=mine.network, endpoint=other.id, other=mine.id)
+    try:
+        return await site.ask(other.host, question)
+    except DriverError as error:
+        return str(error)
+
+
+async def answer(
+    site: Site, asking: str, question: Question, *, repairs: bool
+) -> tuple[Hop, ...]:
+    """Look at what another host asks: an endpoint here and one there, or the hosts."""
+    if not question.endpoint:
+        return await host_hops(site, asking)
+    mine, other = (
+        site.view.get(Endpoint, records.endpoint(question.network, name))
+        for name in (question.endpoint, question.other)
+    )
+    network = site.view.get(Network, records.network(question.network))
+    if mine is None or other is None or network is None:
+        return (Hop(name="endpoint", found="there is no such endpoint", well=False),)
+    if (mine.host, other.host) != (site.host.id, asking):
+        return (Hop(name="endpoint", found="it is not on this host", well=False),)
+    pair = Pair(network=network, mine=mine, other=other)
+    return hops(await look(site, pair, repairs=repairs))
+
+
+async def host_hops(site: Site, asking: str) -> tuple[Hop, ...]:
+    """Look at the way to another host alone."""
+    peer = site.view.get(Host, records.host(asking))
+    if peer is None or peer.vtep is None or site.host.vtep is None:
+        return ()
+    there = await site.dataplane.way(peer.vtep)
+    found = await site.dataplane.filters()
+    return (
+        Hop(name=CLOCK, found=f"{time.time():.2f}"),
+        *underlay(site.host, peer, there),
+        *walls(site.host, peer, there, found),
+    )
+
+
+# Real packets.
+
+
+async def probe(site: Site, pair: Pair) -> tuple[Echo, ...]:
+    """Ping the other from the sandbox, in each family both have; then with all room."""
+    mine, other = pair.mine, pair.other
+    if not site.endpoint_plan(mine):
+        return ()
+    ways = [
+        (a.ip, b.ip) for a in mine.addresses for b in other.addresses
+        if a.version == b.version
+    ]  # fmt: skip
+    ping = site.dataplane.ping
+    small = await asyncio.gather(*(ping(mine.sandbox, a, b, SMALL) for a, b in ways))
+    passing = [way for way, echo in zip(ways, small, strict=True) if echo.answered]
+    room = pair.network.mtu
+    full = await asyncio.gather(*(ping(mine.sandbox, a, b, room) for a, b in passing))
+    return (*small, *full)
+
+
+async def below(site: Site, pair: Pair) -> Echo | None:
+    """Ping the other's host from this one's end of the tunnels."""
+    peer = site.view.get(Host, records.host(pair.other.host))
+    if pair.other.host == site.host.id or peer is None or peer.vtep is None:
+        return None
+    if site.host.vtep is None:
+        return None
+    return await site.dataplane.ping("", site.host.vtep, peer.vtep, SMALL)
+
+
+async def arriving(site: Site, pair: Pair) -> int | None:
+    """Count the frames that the other's tunnel takes while packets are sent there."""
+    before = await counted(site, pair)
+    if before is None:
+        return None
+    await probe(site, pair)
+    after = await counted(site, pair)
+    return None if after is None else after - before
+
+
+async def counted(site: Site, pair: Pair) -> int | None:
+    """Ask the other host what its tunnel has taken so far."""
+    far = await distant(site, pair, repairs=True)
+    said = [hop for hop in far or () if isinstance(hop, Hop) and hop.name == RECEIVED]
+    number = said[0].found.partition(" ")[0] if said else ""
+    return int(number) if number.isdigit() else None
+
+
+@dataclass(frozen=True, slots=True)
+class Below:
+    """What is known of what lies between two hosts."""
+
+    base: Echo | None
+    """A ping from end to end of the tunnels."""
+    arrived: int | None
+    """Frames that arrived while packets were sent, None if that is not known."""
+
+
+def is_reached(probes: Iterable[Echo]) -> bool:
+    """Tell whether every probe was answered, and there was one."""
+    answers = [echo.answered for echo in probes]
+    return bool(answers) and all(answers)
+
+
+def echoed(echo: Echo) -> Json:
+    """Return a probe."""
+    return {
+        "to": str(echo.to),
+        "bytes": echo.size,
+        "milliseconds": echo.milliseconds,
+        "error": echo.error,
+    }
+
+
+# What follows.
+
+
+def walked(
+    site: Site, pair: Pair, near: tuple[Hop, ...], far: tuple[Hop, ...] | str | None
+) -> Iterator[Seen]:
+    """Yield all steps in the order in which a packet and its answer meet them."""
+    here, there = site.host.name, host_name(site, pair.other.host)
+    out = [hop for hop in near if hop.name not in BACK]
+    back = [hop for hop in near if hop.name in BACK]
+    yield from (Seen(host=here, hop=hop) for hop in ordered(out, OUT))
+    if here == there and isinstance(far, tuple):
+        # What both stand on has been seen.
+        far = tuple(hop for hop in far if hop not in near)
+    if isinstance(far, str):
+        unasked = Hop(name="far side", found=f"not looked at: {far}", well=None)
+        yield Seen(host=there, hop=unasked)
+    elif far is not None:
+        yield from (Seen(host=there, hop=hop) for hop in ordered(far, IN))
+    yield from (Seen(host=here, hop=hop) for hop in back)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """Where a packet ends, in one line, and what mends that."""
+
+    line: str
+    remedy: str = ""
+    at: Seen | None = None
+    """The step that is amiss, if one is."""
+
+
+def judge(
+    path: list[Seen], probes: tuple[Echo, ...], *, below: Below, there: str
+) -> Verdict:
+    """Say where a packet ends, or that it does not; `there` is the other host."""
+    amiss = next((seen for seen in path if seen.hop.well is False), None)
+    if is_reached(probes):
+        return reached(probes, amiss)
+    if amiss is not None:
+        hop = amiss.hop
+        line = f"dies on {amiss.host}, {hop.name}: {hop.found}"
+        return Verdict(line=line, remedy=hop.remedy, at=amiss)
+    if is_reached(echo for echo in probes if echo.size == SMALL):
+        return too_large(next(echo for echo in probes if not echo.answered))
+    unsent = next((echo.error for echo in probes if echo.error), "")
+    if unsent or not probes:
+        return unable(unsent)
+    unseen = next((seen.hop for seen in path if seen.hop.well is None), None)
+    if unseen is None:
+        return beyond(below, there)
+    line = f"dies where this host cannot see: all of its own is well, {there} was "
+    return Verdict(
+        line=line + unseen.found,
+        remedy=f"run pynet trace on {there}, or start pynet there",
+    )
+
+
+def unable(error: str) -> Verdict:
+    """Say that no packet left, though nothing amiss was seen."""
+    if not error:
+        return Verdict(line="nothing was sent: the two share no kind of address")
+    return Verdict(
+        line=f"no packet could be sent from the container: {error}",
+        remedy="pynet status tells what the daemon may not do",
+    )
+
+
+def too_large(dead: Echo) -> Verdict:
+    """Say that only small packets pass."""
+    line = f"packets of {SMALL} bytes reach {dead.to}, those of {dead.size} die: "
+    return Verdict(
+        line=line + "something on the way has a smaller MTU",
+        remedy="pynet doctor finds what the way has room for",
+    )
+
+
+def reached(probes: tuple[Echo, ...], amiss: Seen | None) -> Verdict:
+    """Say that packets arrive, and what is not as it should be all the same."""
+    times = {str(e.to): e.milliseconds for e in probes if e.size == SMALL}
+    said = ", ".join(f"{to} answers in {ms:g} ms" for to, ms in times.items())
+    if amiss is None:
+        return Verdict(line=f"reachable: {said}")
+    hop = amiss.hop
+    line = f"reachable: {said}; but on {amiss.host}, {hop.name}: {hop.found}"
+    return Verdict(line=line, remedy=hop.remedy, at=amiss)
+
+
+def beyond(below: Below, there: str) -> Verdict:
+    """Say what is left when nothing amiss was seen on any host."""
+    base = below.base
+    if base is None:
+        return Verdict(
+            line="dies although all is well: the container itself may drop pings",
+            remedy="look at the container's own packet filter",
+        )
+    if not base.answered:
+        line = "dies between the hosts: all is well on both, and "
+        return Verdict(
+            line=f"{line}{base.to} answers no ping either",
+            remedy="look at what is between the hosts: cables, switches, routers",
+        )
+    advice = "let UDP of the tunnels' port pass between the hosts, both ways "
+    advice += "(routers, security groups)"
+    if below.arrived == 0:
+        line = "dies between the hosts: all is well on both, pings of hosts pass, and "
+        return Verdict(line=f"{line}no frame arrives at {there}", remedy=advice)
+    line = f"dies beyond {there}'s tunnel: all is well on both hosts, frames arrive "
+    return Verdict(
+        line=line + "there, and no answer comes back",
+        remedy=f"{advice}; or the container itself drops pings",
+    )
