@@ -47,6 +47,9 @@ SHARED = (
 LEAST_MTU6 = 1280
 """RFC 8200, section 5."""
 
+TOLD = 100
+"""Options of other drivers that are named in the log; more are somebody's joke."""
+
 log = structlog.get_logger()
 
 Found = tuple[tuple[Subnet, Pool], ...]
@@ -93,7 +96,7 @@ class Joining:
         """Read a request; raises InvalidParameter."""
         chosen = options.parse(given)
         for key in chosen.unknown:
-            if key not in self.told:
+            if key not in self.told and len(self.told) < TOLD:
                 self.told.add(key)
                 log.info("network.option_unused", option=key)
         # Docker's null IPAM has 0.0.0.0/0, which is no subnet.
