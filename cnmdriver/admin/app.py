@@ -13,7 +13,6 @@ from typing import Protocol
 
 from aiohttp import web
 
-from cnmdriver.driver.hosts import watermarks
 from cnmdriver.driver.site import Site
 from cnmdriver.errors import (
     Conflict,
@@ -24,11 +23,13 @@ from cnmdriver.errors import (
     StoreError,
 )
 from cnmdriver.insight import kernel, report
+from cnmdriver.insight.events import Events
 from cnmdriver.insight.explain import explain
 from cnmdriver.insight.status import status
+from cnmdriver.insight.topology import marks, topology
 from cnmdriver.model import Endpoint, IPAddress, Pool, Reservation
 from cnmdriver.store import records
-from cnmdriver.store.view import View
+from cnmdriver.streaming import stream
 
 LIMIT = 10.0
 """Seconds a call may take."""
@@ -97,6 +98,19 @@ def application(
     return app
 
 
+def tell(app: web.Application, events: Events) -> None:
+    """Let whoever asks for it hear what happens, until the application ends."""
+
+    async def hear(request: web.Request) -> web.StreamResponse:
+        return await stream(request, events.follow())
+
+    async def end(_: web.Application) -> None:
+        events.close()
+
+    app.router.add_get("/v1/events", hear)
+    app.on_shutdown.append(end)
+
+
 # One function per call: from a request to its answer.
 
 
@@ -124,12 +138,11 @@ async def _remove_endpoint(doors: Doors, request: web.Request) -> object:
 
 
 async def _hosts(doors: Doors, _: web.Request) -> object:
-    store = doors.site.state.store
-    marks = View()
-    if doors.site.state.away is None:
-        listing = await store.read(records.WATERMARKS)
-        marks.replace(listing.items.items(), listing.revision)
-    return report.hosts(doors.site, watermarks(marks))
+    return report.hosts(doors.site, await marks(doors.site) or {})
+
+
+async def _topology(doors: Doors, _: web.Request) -> object:
+    return topology(doors.site, doors.info(), await marks(doors.site))
 
 
 async def _remove_host(doors: Doors, request: web.Request) -> object:
@@ -209,6 +222,7 @@ CALLS: Mapping[tuple[str, str], Call] = {
     ("DELETE", "endpoints/{endpoint}"): _remove_endpoint,
     ("GET", "hosts"): _hosts,
     ("DELETE", "hosts/{host}"): _remove_host,
+    ("GET", "topology"): _topology,
     ("GET", "ports"): _ports,
     ("GET", "pools"): _pools,
     ("DELETE", "addresses"): _release_address,
