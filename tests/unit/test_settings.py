@@ -254,6 +254,7 @@ def test_every_setting_comes_from_everywhere(tmp_path):
     for name, found in settings.FIELDS.items():
         text = {float: "7.5", int: "7"}.get(type(found.default), "x")
         text = found.metadata["choices"][-1] if found.metadata["choices"] else text
+        text = "unix:///x" if name == "listen" else text
         given = settings.load({name: text}, {})
         assert given != Settings()
         assert settings.load({}, {f"PYNET_{name.upper()}": text}) == given

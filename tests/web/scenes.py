@@ -47,15 +47,13 @@ def free_port() -> int:
 
 
 @asynccontextmanager
-async def shown(
-    directory: Path, journal: Journal | None = None
-) -> AsyncIterator[Shown]:
+async def shown(directory: Path, *, port: int = 0) -> AsyncIterator[Shown]:
     """Serve the page of a daemon over a fake kernel, on loopback."""
     async with rig(directory) as parts:
         await announce(parts)
-        port = free_port()
+        port = port or free_port()
         settings = Settings(docker="", listen=f"127.0.0.1:{port}")
-        metrics = Metrics(journal or Journal(), "test")
+        metrics = Metrics(Journal(), "test")
         daemon = Daemon(settings, parts.site, watching=metrics)
         parts.networks, parts.ipam = daemon.sync.networks, daemon.sync.ipam
         parts.state.changed = daemon.hear
@@ -168,8 +166,3 @@ async def populate(parts: Rig, hosts: int, endpoints: int, networks: int = 2) ->
     await parts.state.commit(decide)
     for number, name in enumerate(("blue", "green", "back-office", "monitoring")):
         parts.site.names[docker_id(number + 1)] = name
-
-
-async def change(parts: Rig, decide) -> None:
-    """Write something."""
-    await parts.state.commit(decide)
