@@ -18,17 +18,25 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+)
 from contextlib import AsyncExitStack, asynccontextmanager
 from importlib import metadata
 from ipaddress import ip_address
 from pathlib import Path
 
 import structlog
+from structlog.typing import Processor
 
 from cnmdriver import failpoints
 from cnmdriver.admin.app import application as admin_application
-from cnmdriver.admin.app import no_host
+from cnmdriver.admin.app import no_host, tell
 from cnmdriver.api import app as api
 from cnmdriver.dataplane.kernel import Kernel
 from cnmdriver.dockerapi import DockerApi
@@ -40,13 +48,15 @@ from cnmdriver.driver.questions import Questions
 from cnmdriver.driver.site import Site
 from cnmdriver.driver.sync import Sync
 from cnmdriver.errors import DriverError, InvalidParameter, StoreError
+from cnmdriver.insight.events import Events
 from cnmdriver.insight.trace import answer
+from cnmdriver.insight.watching import Watching
 from cnmdriver.listening import listening, make_private
+from cnmdriver.logs import Journal, Repeats
 from cnmdriver.model import Hop, Host, IPAddress, Question
 from cnmdriver.plan import pools
-from cnmdriver.recent import remember
 from cnmdriver.redaction import USERINFO
-from cnmdriver.settings import Settings
+from cnmdriver.settings import Settings, listener
 from cnmdriver.store import etcd, records
 from cnmdriver.store.base import Store
 from cnmdriver.store.local import LocalDatabase
@@ -70,17 +80,13 @@ RETRY = 1.0
 log = structlog.get_logger()
 
 
-async def no_step(name: str) -> None:
-    """Announce a step to nobody."""
-    del name
-
-
 def run(settings: Settings) -> int:
     """Serve until told to stop; return the exit code."""
-    configure_logs(settings)
+    journal = Journal()
+    configure_logs(settings, Repeats(), journal)
     code = 0
     try:
-        asyncio.run(serve(settings))
+        asyncio.run(serve(settings, journal))
     except* DriverError as errors:
         code = BUSY
         for error in single(errors):
@@ -97,13 +103,13 @@ def single(errors: ExceptionGroup[DriverError]) -> Iterator[DriverError]:
             yield error
 
 
-async def serve(settings: Settings) -> None:
+async def serve(settings: Settings, journal: Journal | None = None) -> None:
     """Start everything, wait for a signal, stop everything."""
     os.umask(0o077)
     raise_limits()
     async with AsyncExitStack() as stack:
         stack.enter_context(only_one())
-        daemon = await build(settings, stack)
+        daemon = await build(settings, stack, journal)
         stop = asyncio.Event()
         admin = Path(settings.run_dir, "admin.sock")
         # The first comparison can take longer than the lease.
@@ -114,6 +120,7 @@ async def serve(settings: Settings) -> None:
                 async with (
                     listening(daemon.admin, admin),
                     listening(daemon.plugin, Path(settings.socket)),
+                    daemon.seen(),
                 ):
                     log.info("daemon.ready", socket=settings.socket, pid=os.getpid())
                     await daemon.until(stop)
@@ -136,12 +143,14 @@ class Daemon:
         *,
         session: Session | None = None,
         hosts: Hosts | None = None,
+        watching: Watching | None = None,
     ) -> None:
         """Build the drivers on a site; on a shared store, with its session."""
         self.settings = settings
         self.site = site
         self.session = session
         self.hosts = hosts
+        self.watching = watching or Watching(Journal())
         self.joined = asyncio.Event()
         """Set when this host has its place among the others, or needs none."""
         self.started = time.monotonic()
@@ -165,18 +174,24 @@ class Daemon:
         self.driver = Path(settings.socket).stem
         self.plugin = api.runner(
             api.application(
-                networks, ipam, scope=settings.scope, on_handshake=self.sync.wake
+                networks,
+                ipam,
+                scope=settings.scope,
+                on_handshake=self.sync.wake,
+                on_call=self.watching.called,
             )
         )
-        self.admin = api.runner(
-            admin_application(
-                site,
-                info=self.info,
-                remove_endpoint=networks.remove,
-                release_address=ipam.release_address,
-                remove_host=hosts.remove if hosts is not None else no_host,
-            )
+        self.events = Events(site, self.watching.journal, self.glance)
+        admin = admin_application(
+            site,
+            info=self.info,
+            remove_endpoint=networks.remove,
+            release_address=ipam.release_address,
+            remove_host=hosts.remove if hosts is not None else no_host,
+            journal=self.watching.journal,
         )
+        tell(admin, self.events)
+        self.admin = api.runner(admin)
 
     def info(self) -> dict[str, object]:
         """Return what only the daemon knows of itself."""
@@ -196,16 +211,41 @@ class Daemon:
             "mends": self.settings.repair,
             "repairs": dict(self.sync.repairs),
             "orphans": list(self.sync.orphans),
-            "conflicts": list(self.authority.conflicts.values())
-            if self.authority
-            else [],
+            "conflicts": list(self.conflicts().values()),
+            "conflicted": dict(self.conflicts()),
             "problems": list(self.sync.problems),
+            "counts": {
+                **self.watching.counts(),
+                "changes": self.site.view.turns,
+                "repairs": self.sync.repairs.total(),
+            },
         }
 
     async def look(self, asking: str, question: Question) -> tuple[Hop, ...]:
         """Look at what another host asks."""
         repairs = self.settings.repair
         return await answer(self.site, asking, question, repairs=repairs)
+
+    def conflicts(self) -> Mapping[str, str]:
+        """Return what is another's by now, by network or endpoint."""
+        return self.authority.conflicts if self.authority is not None else {}
+
+    def glance(self) -> object:
+        """Return what else is news when it changes."""
+        hidden = self.session is not None and self.session.hidden
+        found = (self.sync.repairs.total(), self.sync.orphans, self.sync.problems)
+        return hidden, found, dict(self.conflicts())
+
+    @asynccontextmanager
+    async def seen(self) -> AsyncIterator[None]:
+        """Let those look who may, meanwhile, if there is a place for it."""
+        page = self.watching.page(self.site, self.remotes, self.info, self.events)
+        place = listener("listen", self.settings.listen)
+        if page is None or place is None:
+            yield
+            return
+        async with listening(api.runner(page), place):
+            yield
 
     @asynccontextmanager
     async def living(self) -> AsyncIterator[None]:
@@ -278,11 +318,36 @@ class Daemon:
                 task.cancel()
 
 
-async def build(settings: Settings, stack: AsyncExitStack) -> Daemon:
+def watching_for(settings: Settings, journal: Journal) -> Watching:
+    """Make what takes note of the daemon's work: it measures if somebody can ask."""
+    if not settings.listen:
+        return Watching(journal)
+    # It takes time and memory that nobody need spend who does not look.
+    from cnmdriver.web.metrics import Metrics  # noqa: PLC0415
+
+    return Metrics(journal, version())
+
+
+def announcing(*hooks: failpoints.Step) -> failpoints.Step:
+    """Make a step hook that announces each step to several, in order."""
+
+    async def step(name: str) -> None:
+        for hook in hooks:
+            await hook(name)
+
+    return step
+
+
+async def build(
+    settings: Settings, stack: AsyncExitStack, journal: Journal | None = None
+) -> Daemon:
     """Open kernel and state; what was opened is closed with the stack."""
-    step = failpoints.hook(os.environ, api.METHODS) or no_step
-    boot, local, kernel = await open_host(settings, stack, step)
+    watching = watching_for(settings, journal or Journal())
+    armed = failpoints.hook(os.environ, api.METHODS)
+    step = announcing(watching.step, *([armed] if armed is not None else []))
+    boot, local, kernel = await open_host(settings, stack, watching, step)
     store, members = open_store(settings)
+    store = watching.store(store)
     if not store.shared:
         await patiently(store.open)
     stack.push_async_callback(store.close)
@@ -300,18 +365,21 @@ async def build(settings: Settings, stack: AsyncExitStack) -> Daemon:
     )
     site = Site(host=host, boot=boot, state=state, dataplane=kernel)
     if session is None:
-        return await alone(settings, site)
+        return await alone(settings, site, watching)
     await state.load()
 
     async def towards() -> tuple[IPAddress, ...]:
         return await resolved(members)
 
     hosts = Hosts(site, settings.vtep, towards, dead_after=settings.dead_after)
-    return await in_cluster(settings, session, hosts)
+    return await in_cluster(settings, session, hosts, watching)
 
 
 async def open_host(
-    settings: Settings, stack: AsyncExitStack, step: failpoints.Step
+    settings: Settings,
+    stack: AsyncExitStack,
+    watching: Watching,
+    step: failpoints.Step,
 ) -> tuple[str, LocalDatabase, Kernel]:
     """Open what is this host's own: boot id, local database, kernel."""
     state_dir, run_dir = Path(settings.state_dir), Path(settings.run_dir)
@@ -326,7 +394,7 @@ async def open_host(
     local = LocalDatabase(state_dir / "local.db")
     await local.open()
     stack.push_async_callback(local.close)
-    kernel = Kernel(
+    kernel = watching.kernel(
         host=local.host, run_dir=run_dir, step=step, namespace=settings.namespace
     )
     await kernel.open()
@@ -334,20 +402,24 @@ async def open_host(
     return boot, local, kernel
 
 
-async def alone(settings: Settings, site: Site) -> Daemon:
+async def alone(settings: Settings, site: Site, watching: Watching) -> Daemon:
     """Make the daemon of a host that has a store of its own."""
     host, state = site.host, site.state
     await patiently(state.open)
     await state.commit(lambda draft: draft.put(records.host(host.id), host))
-    daemon = Daemon(settings, site)
+    daemon = Daemon(settings, site, watching=watching)
     state.changed = daemon.sync.wake
     return daemon
 
 
-async def in_cluster(settings: Settings, session: Session, hosts: Hosts) -> Daemon:
+async def in_cluster(
+    settings: Settings, session: Session, hosts: Hosts, watching: Watching
+) -> Daemon:
     """Make the daemon of a host among others; it has yet to take its place."""
     await hosts.look()
-    daemon = Daemon(settings, hosts.site, session=session, hosts=hosts)
+    daemon = Daemon(
+        settings, hosts.site, session=session, hosts=hosts, watching=watching
+    )
     hosts.site.state.changed = daemon.hear
     hosts.moved = daemon.sync.wake
     return daemon
@@ -473,8 +545,12 @@ def signals(stop: asyncio.Event) -> Iterator[None]:
             loop.remove_signal_handler(number)
 
 
-def configure_logs(settings: Settings) -> None:
-    """Log to standard error: lines for people on a terminal, JSON for machines."""
+def configure_logs(settings: Settings, *heard: Processor) -> None:
+    """
+    Log to standard error: lines for people on a terminal, JSON for machines.
+
+    Every line passes those who heard of it first.
+    """
     console = settings.log_format == "console" or (
         settings.log_format == "auto" and sys.stderr.isatty()
     )
@@ -484,7 +560,7 @@ def configure_logs(settings: Settings) -> None:
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
-            remember,
+            *heard,
             *(
                 [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
                 if console

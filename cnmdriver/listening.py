@@ -110,18 +110,23 @@ def tighten(directory: Path, place: int) -> None:
 
 @asynccontextmanager
 async def listening(
-    runner: web.AppRunner, path: Path, *, group: str = ""
+    runner: web.AppRunner, path: Path | tuple[str, int], *, group: str = ""
 ) -> AsyncIterator[None]:
     """
     Serve on a Unix socket, for root alone or for a group too, by name or number.
 
     A stale socket is replaced. At the end the path is removed if it still is ours.
-    Raises InvalidParameter if something stands in the way.
+    Instead of a path there can be an address and a TCP port. Raises InvalidParameter
+    if something stands in the way.
     """
     gid = group_id(group)
     with ExitStack() as stack:
         await runner.setup()
         try:
+            if not isinstance(path, Path):
+                await serve_tcp(runner, *path)
+                yield
+                return
             make_directory(path.parent, 0o711 if gid is not None else 0o700)
             held = await made(stack, path, gid)
             await web.SockSite(runner, held.own, backlog=BACKLOG).start()
@@ -131,6 +136,17 @@ async def listening(
                 held.remove()
         finally:
             await runner.cleanup()
+
+
+async def serve_tcp(runner: web.AppRunner, address: str, port: int) -> None:
+    """Serve on a TCP port until the runner is cleaned up; raises InvalidParameter."""
+    try:
+        await web.TCPSite(runner, address, port).start()
+    except OSError as error:
+        raise InvalidParameter(
+            f"cannot listen on {address} port {port}: {error.strerror}; stop who has "
+            "it, or choose another port"
+        ) from None
 
 
 def group_id(group: str) -> int | None:

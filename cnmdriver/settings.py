@@ -6,11 +6,13 @@ A setting is one field of `Settings`: its type, default and help. The command li
 and the README's table all follow from it. The first of these that has a value wins.
 """
 
+import contextlib
 import dataclasses
 import socket
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,11 @@ class Settings:
     )
     socket_group: str = setting(
         "", "group that may use the plugin socket besides root; empty is none"
+    )
+    listen: str = setting(
+        "",
+        "where metrics and the web page are served: unix:///PATH, 127.0.0.1:PORT or "
+        "[::1]:PORT; empty is nowhere",
     )
     log_format: str = setting(
         "auto", "auto is console on a terminal", "auto", "console", "json"
@@ -159,6 +166,8 @@ def check(source: str, name: str, value: Any) -> Any:
         raise InvalidParameter(f"{source}: {name} must be text, not {value!r}")
     if choices and value not in choices:
         raise InvalidParameter(f"{source}: {name} must be one of {', '.join(choices)}")
+    if name == "listen":
+        listener(source, value)
     return value
 
 
@@ -170,8 +179,32 @@ def yes_or_no(source: str, name: str, value: Any) -> bool:
     return text == "true"
 
 
+def listener(source: str, value: str) -> Path | tuple[str, int] | None:
+    """
+    Read where to listen: a socket's path, or a loopback address and a port.
+
+    Empty is None. Raises InvalidParameter for anything else: whoever reaches it may
+    read everything.
+    """
+    scheme, _, path = value.partition("://")
+    if scheme == "unix" and path.startswith("/"):
+        return Path(path)
+    host, _, number = value.rpartition(":")
+    with contextlib.suppress(ValueError):
+        address = ip_address(host.removeprefix("[").removesuffix("]"))
+        if address.is_loopback and (":" in str(address)) == host.startswith("["):
+            return str(address), port(source, "the port of listen", number)
+    if not value:
+        return None
+    raise InvalidParameter(
+        f"{source}: listen must be unix:///PATH, 127.0.0.1:PORT or [::1]:PORT, not "
+        f"{value!r}: whoever reaches it may read everything; to reach it from another "
+        "machine, forward a port with ssh -L"
+    )
+
+
 def port(source: str, name: str, value: Any) -> int:
-    """Read the number of a UDP port."""
+    """Read the number of a port."""
     text = "" if isinstance(value, bool) else str(value)
     if not (text.isascii() and text.isdigit() and 0 < int(text[:6]) < 1 << 16):
         raise InvalidParameter(

@@ -13,8 +13,6 @@ from typing import Protocol
 
 from aiohttp import web
 
-from cnmdriver import recent
-from cnmdriver.driver.hosts import watermarks
 from cnmdriver.driver.site import Site
 from cnmdriver.errors import (
     Conflict,
@@ -26,12 +24,15 @@ from cnmdriver.errors import (
 )
 from cnmdriver.insight import kernel, report
 from cnmdriver.insight.doctor import doctor
+from cnmdriver.insight.events import Events
 from cnmdriver.insight.explain import explain
 from cnmdriver.insight.status import status
+from cnmdriver.insight.topology import marks, topology
 from cnmdriver.insight.trace import trace
+from cnmdriver.logs import Journal
 from cnmdriver.model import Endpoint, IPAddress, Pool, Reservation
 from cnmdriver.store import records
-from cnmdriver.store.view import View
+from cnmdriver.streaming import stream
 
 LIMIT = 10.0
 """Seconds a call may take."""
@@ -70,15 +71,17 @@ class Doors:
     remove_endpoint: RemoveEndpoint
     release_address: ReleaseAddress
     remove_host: RemoveHost
+    journal: Journal
 
 
-def application(
+def application(  # noqa: PLR0913 - an argument for each door
     site: Site,
     *,
     info: Info,
     remove_endpoint: RemoveEndpoint,
     release_address: ReleaseAddress,
     remove_host: RemoveHost = no_host,
+    journal: Journal | None = None,
     limit: float = LIMIT,
 ) -> web.Application:
     """
@@ -93,11 +96,25 @@ def application(
         remove_endpoint=remove_endpoint,
         release_address=release_address,
         remove_host=remove_host,
+        journal=journal or Journal(),
     )
     app = web.Application(middlewares=[_answer_errors])
     for (verb, path), call in CALLS.items():
         app.router.add_route(verb, f"/v1/{path}", _handler(call, doors, limit))
     return app
+
+
+def tell(app: web.Application, events: Events) -> None:
+    """Let whoever asks for it hear what happens, until the application ends."""
+
+    async def hear(request: web.Request) -> web.StreamResponse:
+        return await stream(request, events.follow())
+
+    async def end(_: web.Application) -> None:
+        events.close()
+
+    app.router.add_get("/v1/events", hear)
+    app.on_shutdown.append(end)
 
 
 # One function per call: from a request to its answer.
@@ -127,12 +144,11 @@ async def _remove_endpoint(doors: Doors, request: web.Request) -> object:
 
 
 async def _hosts(doors: Doors, _: web.Request) -> object:
-    store = doors.site.state.store
-    marks = View()
-    if doors.site.state.away is None:
-        listing = await store.read(records.WATERMARKS)
-        marks.replace(listing.items.items(), listing.revision)
-    return report.hosts(doors.site, watermarks(marks))
+    return report.hosts(doors.site, await marks(doors.site) or {})
+
+
+async def _topology(doors: Doors, _: web.Request) -> object:
+    return topology(doors.site, doors.info(), await marks(doors.site))
 
 
 async def _remove_host(doors: Doors, request: web.Request) -> object:
@@ -215,8 +231,8 @@ async def _settings(doors: Doors, _: web.Request) -> object:
     return doors.info().get("settings", {})
 
 
-async def _log(_: Doors, __: web.Request) -> object:
-    return {"lines": list(recent.lines)}
+async def _log(doors: Doors, _: web.Request) -> object:
+    return {"lines": doors.journal.text()}
 
 
 async def _census(doors: Doors, _: web.Request) -> object:
@@ -233,6 +249,7 @@ CALLS: Mapping[tuple[str, str], Call] = {
     ("DELETE", "endpoints/{endpoint}"): _remove_endpoint,
     ("GET", "hosts"): _hosts,
     ("DELETE", "hosts/{host}"): _remove_host,
+    ("GET", "topology"): _topology,
     ("GET", "ports"): _ports,
     ("GET", "pools"): _pools,
     ("DELETE", "addresses"): _release_address,

@@ -18,6 +18,7 @@ import msgspec
 import structlog
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.typedefs import Handler, Middleware
 from structlog.contextvars import bind_contextvars, clear_contextvars
 
 from cnmdriver.api import wire
@@ -37,6 +38,9 @@ LIMIT = 10.0
 """Seconds a call may take; Docker itself would wait for ever."""
 KEEP_ALIVE = 24 * 3600.0
 """Docker repeats a call on a connection we just closed, but without its body."""
+
+Called = Callable[[str, str, float], object]
+"""Is told of each call: its method, what became of it, and the seconds it took."""
 
 API_CALL = "api.call"
 API_BUG = "api.bug"
@@ -367,16 +371,20 @@ def application(
     *,
     scope: str = "local",
     on_handshake: Callable[[], None] = lambda: None,
+    on_call: Called = lambda *_: None,
     limit: float = LIMIT,
 ) -> web.Application:
     """
     Make the application that answers Docker.
 
     `on_handshake` is called when Docker introduces itself, some times more than once,
-    and must be quick. A call that takes longer than `limit` seconds is cancelled.
+    and `on_call` after each call; both must be quick. A call that takes longer than
+    `limit` seconds is cancelled.
     """
     doors = Doors(networks=networks, ipam=ipam, scope=scope, on_handshake=on_handshake)
-    app = web.Application(middlewares=[_answer_errors], client_max_size=LARGEST_BODY)
+    app = web.Application(
+        middlewares=[_answering(on_call)], client_max_size=LARGEST_BODY
+    )
     for name, method in METHODS.items():
         app.router.add_post(f"/{name}", _handler(name, method, doors, limit))
     return app
@@ -470,32 +478,41 @@ def _facts(call: wire.Message) -> dict[str, str]:
     }
 
 
-@web.middleware
-async def _answer_errors(
-    request: web.Request,
-    handler: Callable[[web.Request], Awaitable[web.StreamResponse]],
-) -> web.StreamResponse:
-    """Answer every error, and log every call."""
-    # Requests of one connection may share a context.
-    clear_contextvars()
-    bind_contextvars(method=request.path[1:65])
-    start = time.monotonic()
-    response: web.StreamResponse
+def _answering(on_call: Called) -> Middleware:
+    """Make what answers every error, logs every call, and tells of it."""
+
+    @web.middleware
+    async def answer(request: web.Request, handler: Handler) -> web.StreamResponse:
+        # Requests of one connection may share a context.
+        clear_contextvars()
+        bind_contextvars(method=request.path[1:65])
+        start = time.monotonic()
+        response, outcome = await _answer_errors(request, handler)
+        seconds = time.monotonic() - start
+        log.info(API_CALL, **outcome, ms=round(seconds * 1000, 1))
+        # What Docker may call has a bound, and what anybody may send has not.
+        method = request.path[1:] if request.path[1:] in METHODS else "unknown"
+        on_call(method, outcome["outcome"], seconds)
+        return response
+
+    return answer
+
+
+async def _answer_errors(request: web.Request, handler: Handler) -> "Answer":
+    """Answer every error."""
     try:
-        response, outcome = await handler(request), {"outcome": "ok"}
+        return await handler(request), {"outcome": "ok"}
     except web.HTTPException as error:
-        response, outcome = _answer_http(request, error)
+        return _answer_http(request, error)
     except DriverError as error:
-        response, outcome = _answer_driver(request, error)
+        return _answer_driver(request, error)
     except Exception as error:
         log.exception(API_BUG)
         text = f"internal error: {type(error).__name__}: {error}"
-        response, outcome = _refuse(500, "bug", text)
-    log.info(API_CALL, **outcome, ms=round((time.monotonic() - start) * 1000, 1))
-    return response
+        return _refuse(500, "bug", text)
 
 
-Answer = tuple[web.Response, dict[str, str]]
+Answer = tuple[web.StreamResponse, dict[str, str]]
 
 
 def _answer_http(request: web.Request, error: web.HTTPException) -> Answer:

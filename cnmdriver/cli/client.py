@@ -2,6 +2,7 @@
 
 import json
 import socket
+from collections.abc import Iterator
 from http.client import HTTPConnection, HTTPException
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -47,6 +48,24 @@ class Client:
     def delete(self, *parts: str, **query: str) -> Any:
         """Remove something; raises ClientError."""
         return self.ask("DELETE", parts, query)
+
+    def news(self, *parts: str) -> Iterator[Any]:
+        """Yield what the daemon tells as it comes, None for silence; ClientError."""
+        connection = UnixConnection(self.path)
+        try:
+            connection.request("GET", "/".join(("/v1", *parts)))
+            answer = connection.getresponse()
+            if answer.status != 200:
+                self.read(answer.status, answer.read())
+            while line := answer.readline():
+                if line.startswith(b"data: "):
+                    yield json.loads(line.removeprefix(b"data: "))
+                elif line.startswith(b":"):
+                    yield None
+        except (OSError, HTTPException, ValueError) as error:
+            raise ClientError(self.explain(error)) from error
+        finally:
+            connection.close()
 
     def ask(self, verb: str, parts: tuple[str, ...], query: dict[str, str]) -> Any:
         """Send a request and return its answer; raises ClientError for a refusal."""

@@ -13,6 +13,7 @@ import click
 COMMANDS = {
     "serve": ("cnmdriver.cli.serve:serve", "Run the daemon."),
     "status": ("cnmdriver.cli.host:status", "Tell whether all is well on this host."),
+    "watch": ("cnmdriver.cli.watch:watch", "Show what happens, as it happens."),
     "network": ("cnmdriver.cli.objects:network", "Show networks."),
     "endpoint": ("cnmdriver.cli.objects:endpoint", "Show and remove endpoints."),
     "host": ("cnmdriver.cli.objects:host", "Show the hosts of the cluster."),

@@ -73,9 +73,15 @@ class Remotes:
         """Called when the kernel did not take what it should."""
         self.worked = 0
         """The store's revision at the last change of the kernel."""
+        self.heard: float | None = None
+        """Since when there is news that the kernel has not."""
+        self.programmed: Callable[[float], object] = lambda _: None
+        """Called when the kernel has some news, with the seconds since it came."""
 
     def wake(self) -> None:
         """Ask for an update soon."""
+        if self.heard is None:
+            self.heard = time.monotonic()
         self.news.set()
 
     async def run(self) -> None:
@@ -150,6 +156,7 @@ class Remotes:
     async def follow(self, fresh: Iterable[str]) -> None:
         """Take in which records changed, and write what follows from them."""
         revision = self.site.view.revision
+        heard, self.heard = self.heard, None
         touched = Touched()
         for key in fresh:
             self.sort(key, touched)
@@ -161,6 +168,7 @@ class Remotes:
             if await self.write(plans):
                 self.worked = revision
                 self.ahead.set()
+                self.programmed(time.monotonic() - (heard or time.monotonic()))
         except (DriverError, asyncio.CancelledError):
             # News comes once only: the audit finds what lacks, mends it and tells.
             self.amiss.update(map(network_of, keys))

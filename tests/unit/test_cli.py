@@ -27,7 +27,7 @@ from tests.fakes import rig
 
 
 @contextmanager
-def served(directory, prepare, known=None):
+def served(directory, prepare, known=None, journal=None):
     """Serve a host in a thread of its own; yield it and the path of its socket."""
     ready, over, loop = threading.Event(), asyncio.Event(), asyncio.new_event_loop()
     path, hosts = directory / "admin.sock", []
@@ -47,6 +47,7 @@ def served(directory, prepare, known=None):
                 info=lambda: info,
                 remove_endpoint=made.networks.remove,
                 release_address=made.ipam.release_address,
+                journal=journal,
             )
             server = runner(app)
             await server.setup()

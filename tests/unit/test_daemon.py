@@ -348,6 +348,8 @@ async def test_what_the_daemon_knows(short, docker, said):
             "repairs": {},
             "orphans": ["o"],
             "conflicts": [],
+            "conflicted": {},
+            "counts": {"calls": 0, "refused": 0, "changes": 1, "repairs": 0},
             "problems": ["p"],
         }
         await whole.plugin.cleanup()

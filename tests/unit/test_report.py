@@ -9,7 +9,7 @@ from dataclasses import asdict
 import pytest
 import structlog
 
-from cnmdriver import daemon, recent
+from cnmdriver import daemon, logs
 from cnmdriver.cli import report as module
 from cnmdriver.redaction import scrubbed
 from cnmdriver.settings import Settings
@@ -49,7 +49,7 @@ def test_known_secrets():
 @pytest.fixture
 def planted(tmp_path, monkeypatch):
     """Serve a host in whose settings, options, names and log secrets are planted."""
-    recent.lines.clear()
+    journal = logs.Journal()
     (tmp_path / "password").write_text(PASSWORD + "\n")
     (tmp_path / "key.pem").write_text(KEY)
     settings = Settings(
@@ -59,7 +59,7 @@ def planted(tmp_path, monkeypatch):
         log_format="json",
     )
     kept = structlog.get_config()
-    daemon.configure_logs(settings)
+    daemon.configure_logs(settings, journal)
     structlog.get_logger().info("store.away", error=f"login {PASSWORD} failed")
     structlog.get_logger().info("x", url=f"http://u:{TOKEN}@h/", key=KEY)
     structlog.get_logger().debug("too quiet")
@@ -70,10 +70,9 @@ def planted(tmp_path, monkeypatch):
         made.site.names[scene.WEB] = "a\x1b[2Jb"
 
     known = {"settings": asdict(settings)}
-    with served(tmp_path, prepare, known) as (made, path):
+    with served(tmp_path, prepare, known, journal) as (made, path):
         monkeypatch.setenv("PYNET_ADMIN", str(path))
         yield made
-    recent.lines.clear()
 
 
 def content(path):
@@ -188,11 +187,10 @@ def test_a_trace_that_is_refused(planted):
 
 def test_the_last_lines_are_kept():
     """Only the last lines are kept, a long one cut; odd values do no harm."""
-    recent.lines.clear()
-    for number in range(recent.KEPT + 5):
-        recent.remember(None, "info", {"event": "x", "n": number})
-    assert json.loads(recent.lines[0])["n"] == 5
+    journal = logs.Journal()
+    for number in range(logs.LATEST + 5):
+        journal(None, "info", {"event": "x", "n": number})
+    assert json.loads(journal.text()[0])["n"] == 5
     event = {"event": "y" * 9000, "odd": asyncio, "exc_info": True}
-    assert recent.remember(None, "info", event) is event
-    assert len(recent.lines[-1]) == recent.LONGEST
-    recent.lines.clear()
+    assert journal(None, "info", event) is event
+    assert len(journal.text()[-1]) == logs.LONGEST_LINE

@@ -2,6 +2,7 @@
 
 import dataclasses
 import socket
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +13,8 @@ from cnmdriver.settings import Settings
 NAMES = (
     "socket, state_dir, run_dir, store, store_prefix, store_ca, store_cert, "
     "store_key, store_user, store_password_file, host_name, vtep, vxlan_port, "
-    "namespace, docker, scope, default_pools, grace, audit, repair, dead_after, socket_group, log_format, log_level"
+    "namespace, docker, scope, default_pools, grace, audit, repair, dead_after, "
+    "socket_group, listen, log_format, log_level"
 )
 
 
@@ -46,6 +48,34 @@ def test_defaults():
         log_format="auto",
         log_level="info",
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("", None),
+        ("unix:///run/pynet/m.sock", Path("/run/pynet/m.sock")),
+        ("127.0.0.1:9000", ("127.0.0.1", 9000)),
+        ("127.8.0.1:1", ("127.8.0.1", 1)),
+        ("[::1]:65535", ("::1", 65535)),
+    ],
+)
+def test_where_to_listen(text, place):
+    """Metrics and page are served on a Unix socket or a port of loopback."""
+    assert settings.load({"listen": text}, {}).listen == text
+    assert settings.listener("x", text) == place
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["0.0.0.0:9000", "[::]:9000", "192.0.2.1:80", ":9000", "9000", "localhost:9000"]
+    + ["::1:9000", "[127.0.0.1]:9000", "unix://m.sock", "/run/m.sock", "http://[::1]:9"]
+    + ["127.0.0.1", "[::ffff:127.0.0.1]:9000", "127.0.0.1:0", "127.0.0.1:65536"],
+)
+def test_where_not_to_listen(text):
+    """Where others could reach it, or nobody, nothing is served: that is an error."""
+    with pytest.raises(InvalidParameter, match=r"^PYNET_LISTEN: .* must be "):
+        settings.load({}, {"PYNET_LISTEN": text})
 
 
 def test_store_url():
@@ -241,6 +271,7 @@ def test_every_setting_comes_from_everywhere(tmp_path):
     for name, found in settings.FIELDS.items():
         text = {float: "7.5", int: "7", bool: "false"}.get(type(found.default), "x")
         text = found.metadata["choices"][-1] if found.metadata["choices"] else text
+        text = "unix:///x" if name == "listen" else text
         given = settings.load({name: text}, {})
         assert given != Settings()
         assert settings.load({}, {f"PYNET_{name.upper()}": text}) == given
