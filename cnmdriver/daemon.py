@@ -17,8 +17,16 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+)
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from importlib import metadata
 from ipaddress import ip_address
 from pathlib import Path
@@ -41,7 +49,8 @@ from cnmdriver.errors import DriverError, InvalidParameter, StoreError
 from cnmdriver.listening import listening, make_private
 from cnmdriver.model import Host, IPAddress
 from cnmdriver.plan import pools
-from cnmdriver.settings import Settings
+from cnmdriver.service import Notifier, passed
+from cnmdriver.settings import FIELDS, Settings
 from cnmdriver.store import etcd, records
 from cnmdriver.store.base import Store
 from cnmdriver.store.local import LocalDatabase
@@ -61,6 +70,8 @@ RESOLVING = 0.5
 """Seconds for the names of the store's members."""
 RETRY = 1.0
 """Seconds before a shared store is tried again."""
+LIVE = ("log_level", "default_pools")
+"""Settings that a daemon takes anew at a SIGHUP; the others need a restart."""
 
 log = structlog.get_logger()
 
@@ -70,12 +81,20 @@ async def no_step(name: str) -> None:
     del name
 
 
-def run(settings: Settings) -> int:
-    """Serve until told to stop; return the exit code."""
+Reread = Callable[[], Settings]
+"""Reads the settings again from where they came; raises InvalidParameter."""
+
+
+def run(settings: Settings, reread: Reread | None = None) -> int:
+    """
+    Serve until told to stop; return the exit code.
+
+    Without `reread` a SIGHUP finds the settings as they are.
+    """
     configure_logs(settings)
     code = 0
     try:
-        asyncio.run(serve(settings))
+        asyncio.run(serve(settings, reread))
     except* DriverError as errors:
         code = BUSY
         for error in single(errors):
@@ -92,15 +111,21 @@ def single(errors: ExceptionGroup[DriverError]) -> Iterator[DriverError]:
             yield error
 
 
-async def serve(settings: Settings) -> None:
+async def serve(settings: Settings, reread: Reread | None = None) -> None:
     """Start everything, wait for a signal, stop everything."""
+    reread = reread or (lambda: settings)
     os.umask(0o077)
     raise_limits()
+    notifier = Notifier(os.environ)
+    stop, again = asyncio.Event(), asyncio.Event()
     async with AsyncExitStack() as stack:
         stack.enter_context(only_one())
-        daemon = await build(settings, stack)
-        stop = asyncio.Event()
+        stack.enter_context(hang_ups(stop, again))
+        given = handed_over(settings, stack)
         admin = Path(settings.run_dir, "admin.sock")
+        plugin = Path(settings.socket)
+        await stack.enter_async_context(beside(notifier.live()))
+        daemon = await build(settings, stack)
         # The first comparison can take longer than the lease.
         async with daemon.living():
             await daemon.joined_soon()
@@ -108,11 +133,40 @@ async def serve(settings: Settings) -> None:
             with signals(stop):
                 async with (
                     listening(daemon.admin, admin),
-                    listening(daemon.plugin, Path(settings.socket)),
+                    listening(
+                        daemon.plugin, plugin, group=settings.socket_group, given=given
+                    ),
                 ):
                     log.info("daemon.ready", socket=settings.socket, pid=os.getpid())
-                    await daemon.until(stop)
+                    notifier.ready(f"serves {settings.socket}")
+                    await daemon.until(stop, daemon.reloads(again, reread, notifier))
+                    notifier.stopping()
         log.info("daemon.stopped")
+
+
+@asynccontextmanager
+async def beside(work: Coroutine[None, None, None]) -> AsyncIterator[None]:
+    """Do something meanwhile that has no end of its own."""
+    task = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+
+
+def handed_over(settings: Settings, stack: AsyncExitStack) -> socket.socket | None:
+    """Return the plugin socket that systemd made, if it did; closed with the stack."""
+    given = passed(os.environ, Path(settings.socket))
+    if given is not None:
+        stack.callback(given.close)
+        if settings.socket_group:
+            log.warning(
+                "service.socket_group_unused",
+                why="systemd made the socket: systemctl edit pynet.socket "
+                "(SocketGroup=, SocketMode=0660)",
+            )
+    return given
 
 
 def raise_limits() -> None:
@@ -142,8 +196,8 @@ class Daemon:
         self.started = time.monotonic()
         networks = NetworkDriver(site, mode="overlay" if session else "bridge")
         self.remotes = networks.remotes
-        ranges = [pools.parse_range(t) for t in settings.default_pools.split(",")]
-        ipam = IpamDriver(site, ranges, networks)
+        ipam = IpamDriver(site, default_ranges(settings), networks)
+        self.ipam = ipam
         docker = DockerApi(settings.docker) if settings.docker else None
         self.sync = Sync(
             site, networks, ipam, docker, grace=settings.grace, audit=settings.audit
@@ -237,10 +291,42 @@ class Daemon:
             for loop in (hosts, self.blocks, self.authority):
                 group.create_task(loop.run())
 
-    async def until(self, stop: asyncio.Event) -> None:
+    async def reloads(
+        self, again: asyncio.Event, reread: Reread, notifier: Notifier
+    ) -> None:
+        """Read the settings again each time the event is set."""
+        while True:
+            await again.wait()
+            again.clear()
+            notifier.reloading()
+            self.reload(reread)
+            notifier.ready(f"serves {self.settings.socket}")
+
+    def reload(self, reread: Reread) -> None:
+        """Take what may change while serving; if anything is bad, nothing changes."""
+        try:
+            fresh = reread()
+            ranges = default_ranges(fresh)
+        except InvalidParameter as error:
+            log.error("settings.kept", why=f"the settings stay as they were: {error}")
+            return
+        known = self.settings
+        late = [n for n in FIELDS if getattr(fresh, n) != getattr(known, n)]
+        self.settings = replace(known, **{n: getattr(fresh, n) for n in LIVE})
+        self.ipam.ranges = ranges
+        configure_logs(self.settings)
+        self.site.state.store.reread()
+        log.info("settings.read", changed=[n for n in late if n in LIVE])
+        if late := [n for n in late if n not in LIVE]:
+            log.warning("settings.need_restart", settings=late)
+
+    async def until(
+        self, stop: asyncio.Event, *more: Coroutine[None, None, None]
+    ) -> None:
         """Run the loops until the event; if one fails, all end and the daemon too."""
         async with asyncio.TaskGroup() as group:
             works = [
+                *more,
                 self.sync.run(),
                 self.sync.listen(self.driver),
                 self.sync.watch(),
@@ -252,6 +338,11 @@ class Daemon:
             await stop.wait()
             for task in loops:
                 task.cancel()
+
+
+def default_ranges(settings: Settings) -> tuple[pools.Range, ...]:
+    """Read the default pools; raises InvalidParameter."""
+    return tuple(map(pools.parse_range, settings.default_pools.split(",")))
 
 
 async def build(settings: Settings, stack: AsyncExitStack) -> Daemon:
@@ -447,6 +538,26 @@ def signals(stop: asyncio.Event) -> Iterator[None]:
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)
+
+
+@contextlib.contextmanager
+def hang_ups(stop: asyncio.Event, again: asyncio.Event) -> Iterator[None]:
+    """
+    Let SIGHUP read the settings again.
+
+    The one that comes as the terminal we run on is closed stops the daemon.
+    """
+    loop = asyncio.get_running_loop()
+    terminal = os.isatty(2)
+
+    def heard() -> None:
+        (stop if terminal and not os.isatty(2) else again).set()
+
+    loop.add_signal_handler(signal.SIGHUP, heard)
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGHUP)
 
 
 def configure_logs(settings: Settings) -> None:

@@ -220,6 +220,9 @@ class SqliteStore:
             await self.call("close", self._close)
         self.thread.shutdown(wait=False)
 
+    def reread(self) -> None:
+        """Do nothing: there is no login."""
+
     async def read(self, prefix: str) -> Listing:
         """Return all keys under a prefix."""
         return await self.call("read", lambda: self._read(prefix))
