@@ -62,6 +62,8 @@ NAME = "\0pynet"
 """The abstract socket that the one daemon of a network namespace holds."""
 BUSY = 2
 """Exit code for settings that cannot work, and for a second daemon."""
+LATER = 1
+"""Exit code for what the same settings may do a moment later."""
 PATIENCE = 20.0
 """Seconds to wait at start for an embedded store that another process still has."""
 WELCOME = 0.7
@@ -74,6 +76,10 @@ LIVE = ("log_level", "default_pools")
 """Settings that a daemon takes anew at a SIGHUP; the others need a restart."""
 
 log = structlog.get_logger()
+
+
+class NoAddressError(DriverError):
+    """There is no address for tunnels on this host yet, as early in a boot."""
 
 
 async def no_step(name: str) -> None:
@@ -96,8 +102,9 @@ def run(settings: Settings, reread: Reread | None = None) -> int:
     try:
         asyncio.run(serve(settings, reread))
     except* DriverError as errors:
-        code = BUSY
         for error in single(errors):
+            # What may be another time can be tried again, by the unit for instance.
+            code = max(code, LATER if isinstance(error, NoAddressError) else BUSY)
             print(f"pynet: {error}", file=sys.stderr)  # noqa: T201
     return code
 
@@ -413,7 +420,10 @@ async def alone(settings: Settings, site: Site) -> Daemon:
 
 async def in_cluster(settings: Settings, session: Session, hosts: Hosts) -> Daemon:
     """Make the daemon of a host among others; it has yet to take its place."""
-    await hosts.look()
+    try:
+        await hosts.look()
+    except InvalidParameter as error:
+        raise NoAddressError(str(error)) from None
     daemon = Daemon(settings, hosts.site, session=session, hosts=hosts)
     hosts.site.state.changed = daemon.hear
     hosts.moved = daemon.sync.wake
