@@ -21,6 +21,9 @@ COMMANDS = {
     "explain": ("cnmdriver.cli.host:explain", "Print what one would type instead."),
     "diff": ("cnmdriver.cli.host:diff", "Compare the kernel with the plans."),
     "census": ("cnmdriver.cli.host:census", "List all that pynet owns on this host."),
+    "settings": ("cnmdriver.cli.setup:show_settings", "Print or check the settings."),
+    "completion": ("cnmdriver.cli.setup:completion", "Print a shell's completion."),
+    "clear": ("cnmdriver.cli.setup:clear", "Remove all of pynet from the kernel."),
     "lab": ("cnmdriver.lab.cli:lab", "Run several Docker hosts on this machine."),
 }
 

@@ -128,6 +128,15 @@ def recognize(marks: Iterable[str], hosts: Iterable[str]) -> str:
     return fitting[0] if len(fitting) == 1 else ""
 
 
+def copied_host(state_dir: Path) -> str:
+    """Return the id that the file beside the database tells, "" if it tells none."""
+    with contextlib.suppress(OSError, ValueError):
+        host, told = (state_dir / COPY).read_text().split()
+        if told == str(mending.checksum(host)):
+            return host
+    return ""
+
+
 class LocalDatabase:
     """`local.db` in the state directory. Small and synchronous but for one thread."""
 
@@ -280,12 +289,7 @@ class LocalDatabase:
         self.db.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?, ?)", rows)
 
     def _copied(self) -> str:
-        """Return the id that the file beside the database tells, "" if it is broken."""
-        with contextlib.suppress(OSError, ValueError):
-            host, told = self.path.with_name(COPY).read_text().split()
-            if told == str(mending.checksum(host)):
-                return host
-        return ""
+        return copied_host(self.path.parent)
 
     def _copy(self, host: str) -> None:
         """Write that file, if there is room."""
