@@ -7,6 +7,7 @@ Records in the store stay, and a daemon that starts again makes of them what the
 """
 
 import asyncio
+import os
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,10 @@ async def clear(settings: Settings, *, really: bool = True) -> Cleared:
     Raises Conflict, which names them, if containers use it, InvalidParameter if a
     daemon runs, and KernelError for what the kernel did not let go.
     """
+    if os.geteuid() != 0:
+        raise KernelError("what pynet has in the kernel only root sees; use sudo")
+    # The kernel's directory may have to be made, and is root's alone.
+    os.umask(0o077)
     async with AsyncExitStack() as stack:
         if really:
             stack.enter_context(only_one())

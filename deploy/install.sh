@@ -277,7 +277,7 @@ neighbours() {
     if [ -d "$root/etc/firewalld" ]; then
         put /etc/firewalld/zones/pynet.xml <"$from/firewalld-zone.xml"
         sed "s/\"4789\"/\"$(udp)\"/" "$from/firewalld-policy.xml" |
-            put /etc/firewalld/policies/pynet.xml
+            put /etc/firewalld/policies/pynet-vxlan.xml
     fi
     if ufw_is_on; then
         # By the port it had before, if that is another.

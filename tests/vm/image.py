@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cnmdriver.lab import image as lab_image
-from tests.install.wheels import CHECKOUT, fetch
+from tests.setup.wheels import CHECKOUT, fetch
 
 SUITE = "bookworm"
 MIRROR = "http://deb.debian.org/debian"
@@ -31,6 +31,7 @@ UNIT = """
 Description=What the test asks for
 DefaultDependencies=no
 After=systemd-udevd.service
+StartLimitIntervalSec=0
 [Service]
 ExecStart=/usr/bin/python3 /root/agent.py
 Restart=always
@@ -105,7 +106,7 @@ def furnish(root: Path) -> None:
     (root / "etc/systemd/network/80-wire.network").write_text(WIRE)
     units = ("agent", "systemd-networkd", "docker")
     run("chroot", str(root), "systemctl", "--quiet", "enable", *units)
-    off = ("etcd", "firewalld", "systemd-networkd-wait-online")
+    off = ("etcd", "firewalld", "systemd-networkd-wait-online", "apt-daily.timer")
     run("chroot", str(root), "systemctl", "--quiet", "disable", *off)
     checkout = root / "root/pynet"
     shutil.rmtree(checkout, ignore_errors=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.install.systemd import service
+from tests.setup.systemd import service
 from tests.unit.test_listening import rights
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(120)]

@@ -11,8 +11,7 @@ from cnmdriver.lab.host import Host
 from cnmdriver.lab.lab import Lab
 from cnmdriver.lab.process import Completed
 from tests.dockerd.tools import Scene, eventually
-from tests.install.test_install import DEPLOY, PYNET, private_usr_local
-from tests.install.wheels import fetch
+from tests.setup.test_install import DEPLOY, PYNET, private_usr_local
 
 VAGRANT = DEPLOY / "vagrant"
 ETCD = "set -a; . /etc/default/etcd; exec etcd --data-dir=/var/lib/etcd/lab"
@@ -24,14 +23,6 @@ def test_the_vagrantfile_is_ruby():
     subprocess.run(["ruby", "-c", str(path)], check=True, capture_output=True)
     named = re.findall(r'path: "(.*?)"', path.read_text())
     assert {VAGRANT / name for name in named} == {*VAGRANT.glob("*.sh")}
-
-
-@pytest.fixture(scope="module")
-def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a directory with all that pynet needs."""
-    directory = tmp_path_factory.mktemp("wheels")
-    fetch(directory)
-    return directory
 
 
 @pytest.fixture
@@ -65,7 +56,7 @@ def test_provisioning(hosts: list[Host], wheels: Path) -> None:
         return host.exec(*argv, timeout=400)
 
     script(hosts[0], "etcd.sh", first)
-    hosts[0].popen("bash", "-c", ETCD)
+    etcd = hosts[0].popen("bash", "-c", ETCD)
     assert eventually(lambda: health(hosts[0], first), 60.0)
     for host in hosts:
         script(host, "docker.sh")
@@ -83,6 +74,8 @@ def test_provisioning(hosts: list[Host], wheels: Path) -> None:
         container, peer = one.run("blue"), other.run("blue")
         assert container.pings(peer.ip("blue"))
         assert peer.pings(container.ip("blue"))
+    etcd.kill()
+    etcd.communicate()
 
 
 def health(host: Host, address: str) -> bool:
