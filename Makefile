@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help run demo venv check fmt test bench mutate spec lock clean
+.PHONY: help run demo venv check fmt test test-vm bench mutate spec lock clean
 
 # Debian keeps the directories of root's programs off other users' PATH.
 export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
@@ -16,6 +16,7 @@ help:
 	@echo 'make run     serve this machine'"'"'s Docker; installs and starts what is missing'
 	@echo 'make demo    show what pynet does, in namespaces of its own'
 	@echo 'make test    run everything: make check, then all suites on a real Docker'
+	@echo 'make test-vm boot guests of QEMU: install, reboot, firewall, removal, two hosts'
 	@echo 'make check   format, lint, types, import layers, tests without root'
 	@echo 'make fmt     format the code'
 	@echo 'make venv    make .venv from requirements.lock'
@@ -54,6 +55,12 @@ test:
 	@deploy/packages run lab test
 	@deploy/venv
 	@$(BIN)/python tests/run.py $(QUICK)
+
+# Needs some GB below PYNET_VM_DIR (/var/cache/pynet-vm) and half an hour.
+test-vm:
+	@deploy/packages run lab vm
+	@deploy/venv
+	@$(AS_ROOT) $(BIN)/python -m tests.vm
 
 bench:
 	@deploy/packages run lab

@@ -22,11 +22,13 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
+    Coroutine,
     Iterable,
     Iterator,
     Mapping,
 )
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from importlib import metadata
 from ipaddress import ip_address
 from pathlib import Path
@@ -56,7 +58,8 @@ from cnmdriver.logs import Journal, Repeats
 from cnmdriver.model import Hop, Host, IPAddress, Question
 from cnmdriver.plan import pools
 from cnmdriver.redaction import USERINFO
-from cnmdriver.settings import Settings, listener
+from cnmdriver.service import Notifier, passed
+from cnmdriver.settings import FIELDS, Settings, listener
 from cnmdriver.store import etcd, records
 from cnmdriver.store.base import Store
 from cnmdriver.store.local import LocalDatabase
@@ -68,6 +71,8 @@ NAME = "\0pynet"
 """The abstract socket that the one daemon of a network namespace holds."""
 BUSY = 2
 """Exit code for settings that cannot work, and for a second daemon."""
+LATER = 1
+"""Exit code for what the same settings may do a moment later."""
 PATIENCE = 20.0
 """Seconds to wait at start for an embedded store that another process still has."""
 WELCOME = 0.7
@@ -76,20 +81,35 @@ RESOLVING = 0.5
 """Seconds for the names of the store's members."""
 RETRY = 1.0
 """Seconds before a shared store is tried again."""
+LIVE = ("log_level", "default_pools")
+"""Settings that a daemon takes anew at a SIGHUP; the others need a restart."""
 
 log = structlog.get_logger()
 
 
-def run(settings: Settings) -> int:
-    """Serve until told to stop; return the exit code."""
+class NoAddressError(DriverError):
+    """There is no address for tunnels on this host yet, as early in a boot."""
+
+
+Reread = Callable[[], Settings]
+"""Reads the settings again from where they came; raises InvalidParameter."""
+
+
+def run(settings: Settings, reread: Reread | None = None) -> int:
+    """
+    Serve until told to stop; return the exit code.
+
+    Without `reread` a SIGHUP finds the settings as they are.
+    """
     journal = Journal()
     configure_logs(settings, Repeats(), journal)
     code = 0
     try:
-        asyncio.run(serve(settings, journal))
+        asyncio.run(serve(settings, reread, journal))
     except* DriverError as errors:
-        code = BUSY
         for error in single(errors):
+            # What may be another time can be tried again, by the unit for instance.
+            code = max(code, LATER if isinstance(error, NoAddressError) else BUSY)
             print(f"pynet: {error}", file=sys.stderr)  # noqa: T201
     return code
 
@@ -103,15 +123,23 @@ def single(errors: ExceptionGroup[DriverError]) -> Iterator[DriverError]:
             yield error
 
 
-async def serve(settings: Settings, journal: Journal | None = None) -> None:
+async def serve(
+    settings: Settings, reread: Reread | None = None, journal: Journal | None = None
+) -> None:
     """Start everything, wait for a signal, stop everything."""
+    reread = reread or (lambda: settings)
     os.umask(0o077)
     raise_limits()
+    notifier = Notifier(os.environ)
+    stop, again = asyncio.Event(), asyncio.Event()
     async with AsyncExitStack() as stack:
         stack.enter_context(only_one())
-        daemon = await build(settings, stack, journal)
-        stop = asyncio.Event()
+        stack.enter_context(hang_ups(stop, again))
+        given = handed_over(settings, stack)
         admin = Path(settings.run_dir, "admin.sock")
+        plugin = Path(settings.socket)
+        await stack.enter_async_context(beside(notifier.live()))
+        daemon = await build(settings, stack, journal)
         # The first comparison can take longer than the lease.
         async with daemon.living():
             await daemon.joined_soon()
@@ -119,12 +147,41 @@ async def serve(settings: Settings, journal: Journal | None = None) -> None:
             with signals(stop):
                 async with (
                     listening(daemon.admin, admin),
-                    listening(daemon.plugin, Path(settings.socket)),
+                    listening(
+                        daemon.plugin, plugin, group=settings.socket_group, given=given
+                    ),
                     daemon.seen(),
                 ):
                     log.info("daemon.ready", socket=settings.socket, pid=os.getpid())
-                    await daemon.until(stop)
+                    notifier.ready(f"serves {settings.socket}")
+                    await daemon.until(stop, daemon.reloads(again, reread, notifier))
+                    notifier.stopping()
         log.info("daemon.stopped")
+
+
+@asynccontextmanager
+async def beside(work: Coroutine[None, None, None]) -> AsyncIterator[None]:
+    """Do something meanwhile that has no end of its own."""
+    task = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+
+
+def handed_over(settings: Settings, stack: AsyncExitStack) -> socket.socket | None:
+    """Return the plugin socket that systemd made, if it did; closed with the stack."""
+    given = passed(os.environ, Path(settings.socket))
+    if given is not None:
+        stack.callback(given.close)
+        if settings.socket_group:
+            log.warning(
+                "service.socket_group_unused",
+                why="systemd made the socket: systemctl edit pynet.socket "
+                "(SocketGroup=, SocketMode=0660)",
+            )
+    return given
 
 
 def raise_limits() -> None:
@@ -156,8 +213,8 @@ class Daemon:
         self.started = time.monotonic()
         networks = NetworkDriver(site, mode="overlay" if session else "bridge")
         self.remotes = networks.remotes
-        ranges = [pools.parse_range(t) for t in settings.default_pools.split(",")]
-        ipam = IpamDriver(site, ranges, networks)
+        ipam = IpamDriver(site, default_ranges(settings), networks)
+        self.ipam = ipam
         docker = DockerApi(settings.docker) if settings.docker else None
         self.sync = Sync(
             site, networks, ipam, docker, grace=settings.grace, audit=settings.audit
@@ -301,10 +358,42 @@ class Daemon:
                 if loop is not None:
                     group.create_task(loop.run())
 
-    async def until(self, stop: asyncio.Event) -> None:
+    async def reloads(
+        self, again: asyncio.Event, reread: Reread, notifier: Notifier
+    ) -> None:
+        """Read the settings again each time the event is set."""
+        while True:
+            await again.wait()
+            again.clear()
+            notifier.reloading()
+            self.reload(reread)
+            notifier.ready(f"serves {self.settings.socket}")
+
+    def reload(self, reread: Reread) -> None:
+        """Take what may change while serving; if anything is bad, nothing changes."""
+        try:
+            fresh = reread()
+            ranges = default_ranges(fresh)
+        except InvalidParameter as error:
+            log.error("settings.kept", why=f"the settings stay as they were: {error}")
+            return
+        known = self.settings
+        late = [n for n in FIELDS if getattr(fresh, n) != getattr(known, n)]
+        self.settings = replace(known, **{n: getattr(fresh, n) for n in LIVE})
+        self.ipam.ranges = ranges
+        configure_logs(self.settings, Repeats(), self.watching.journal)
+        self.site.state.store.reread()
+        log.info("settings.read", changed=[n for n in late if n in LIVE])
+        if late := [n for n in late if n not in LIVE]:
+            log.warning("settings.need_restart", settings=late)
+
+    async def until(
+        self, stop: asyncio.Event, *more: Coroutine[None, None, None]
+    ) -> None:
         """Run the loops until the event; if one fails, all end and the daemon too."""
         async with asyncio.TaskGroup() as group:
             works = [
+                *more,
                 self.sync.run(),
                 self.sync.listen(self.driver),
                 self.sync.watch(),
@@ -336,6 +425,11 @@ def announcing(*hooks: failpoints.Step) -> failpoints.Step:
             await hook(name)
 
     return step
+
+
+def default_ranges(settings: Settings) -> tuple[pools.Range, ...]:
+    """Read the default pools; raises InvalidParameter."""
+    return tuple(map(pools.parse_range, settings.default_pools.split(",")))
 
 
 async def build(
@@ -416,7 +510,10 @@ async def in_cluster(
     settings: Settings, session: Session, hosts: Hosts, watching: Watching
 ) -> Daemon:
     """Make the daemon of a host among others; it has yet to take its place."""
-    await hosts.look()
+    try:
+        await hosts.look()
+    except InvalidParameter as error:
+        raise NoAddressError(str(error)) from None
     daemon = Daemon(
         settings, hosts.site, session=session, hosts=hosts, watching=watching
     )
@@ -543,6 +640,26 @@ def signals(stop: asyncio.Event) -> Iterator[None]:
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)
+
+
+@contextlib.contextmanager
+def hang_ups(stop: asyncio.Event, again: asyncio.Event) -> Iterator[None]:
+    """
+    Let SIGHUP read the settings again.
+
+    The one that comes as the terminal we run on is closed stops the daemon.
+    """
+    loop = asyncio.get_running_loop()
+    terminal = os.isatty(2)
+
+    def heard() -> None:
+        (stop if terminal and not os.isatty(2) else again).set()
+
+    loop.add_signal_handler(signal.SIGHUP, heard)
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGHUP)
 
 
 def configure_logs(settings: Settings, *heard: Processor) -> None:

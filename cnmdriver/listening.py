@@ -110,15 +110,24 @@ def tighten(directory: Path, place: int) -> None:
 
 @asynccontextmanager
 async def listening(
-    runner: web.AppRunner, path: Path | tuple[str, int], *, group: str = ""
+    runner: web.AppRunner,
+    path: Path | tuple[str, int],
+    *,
+    group: str = "",
+    given: socket.socket | None = None,
 ) -> AsyncIterator[None]:
     """
     Serve on a Unix socket, for root alone or for a group too, by name or number.
 
     A stale socket is replaced. At the end the path is removed if it still is ours.
     Instead of a path there can be an address and a TCP port. Raises InvalidParameter
-    if something stands in the way.
+    if something stands in the way. One that is given listens already: its path and
+    rights are those of who made it, and stay as they are.
     """
+    if given is not None:
+        async with serving_given(runner, given):
+            yield
+        return
     gid = group_id(group)
     with ExitStack() as stack:
         await runner.setup()
@@ -147,6 +156,21 @@ async def serve_tcp(runner: web.AppRunner, address: str, port: int) -> None:
             f"cannot listen on {address} port {port}: {error.strerror}; stop who has "
             "it, or choose another port"
         ) from None
+
+
+@asynccontextmanager
+async def serving_given(
+    runner: web.AppRunner, given: socket.socket
+) -> AsyncIterator[None]:
+    """Serve on a socket that listens; what comes after the end waits for the next."""
+    with closing(given):
+        given.setblocking(False)
+        await runner.setup()
+        try:
+            await web.SockSite(runner, given, backlog=BACKLOG).start()
+            yield
+        finally:
+            await runner.cleanup()
 
 
 def group_id(group: str) -> int | None:

@@ -7,6 +7,10 @@ from http.client import HTTPConnection, HTTPException
 from typing import Any
 from urllib.parse import quote, urlencode
 
+from cnmdriver.cli.main import version
+
+UNKNOWN = (404, 405)
+"""What a daemon answers that has no such call."""
 LIMIT = 15.0
 """Seconds to wait for an answer; the daemon gives up after 10."""
 
@@ -81,6 +85,12 @@ class Client:
             raise kind(self.explain(error)) from error
         finally:
             connection.close()
+        if status in UNKNOWN and f"{verb} {place}: ".encode() in body:
+            raise ClientError(
+                f"the pynet that runs (see pynet status) is of another version than "
+                f"this command, {version()}, and does not know it; restart it: "
+                "systemctl restart pynet"
+            )
         return self.read(status, body)
 
     def read(self, status: int, body: bytes) -> Any:
@@ -101,12 +111,19 @@ class Client:
         """Say why there was no answer, and what to do."""
         match error:
             case PermissionError():
-                return f"no permission for {self.path}: run this as root"
+                return f"no permission for {self.path}: run this as root, with sudo"
             case TimeoutError():
-                return f"pynet did not answer within {LIMIT:g} s at {self.path}"
+                return (
+                    f"pynet did not answer within {LIMIT:g} s at {self.path}; see its "
+                    "log (journalctl -u pynet), or restart it"
+                )
             case HTTPException() | ConnectionResetError() | BrokenPipeError():
-                return f"what answers at {self.path} is not pynet, or it just stopped"
+                return (
+                    f"what answers at {self.path} is not pynet, or it just stopped; "
+                    "try again, or name its socket with --admin"
+                )
         return (
             f"pynet is not running (no answer at {self.path}): "
-            "start it with pynet serve"
+            "start it with systemctl start pynet or pynet serve, or name its admin "
+            "socket with --admin"
         )

@@ -10,6 +10,8 @@ from importlib import metadata
 
 import click
 
+from cnmdriver.cli.manual import told
+
 COMMANDS = {
     "serve": ("cnmdriver.cli.serve:serve", "Run the daemon."),
     "status": ("cnmdriver.cli.host:status", "Tell whether all is well on this host."),
@@ -25,6 +27,9 @@ COMMANDS = {
     "trace": ("cnmdriver.cli.checks:trace", "Find where a packet between two dies."),
     "doctor": ("cnmdriver.cli.checks:doctor", "Check this host and each other one."),
     "report": ("cnmdriver.cli.report:report", "Write an archive for a bug report."),
+    "settings": ("cnmdriver.cli.setup:show_settings", "Print or check the settings."),
+    "completion": ("cnmdriver.cli.setup:completion", "Print a shell's completion."),
+    "clear": ("cnmdriver.cli.setup:clear", "Remove all of pynet from the kernel."),
     "lab": ("cnmdriver.lab.cli:lab", "Run several Docker hosts on this machine."),
 }
 
@@ -44,7 +49,9 @@ class LazyGroup(click.Group):
             return None
         module, _, name = COMMANDS[cmd_name][0].partition(":")
         command = getattr(importlib.import_module(module), name)
-        return command if isinstance(command, click.Command) else None
+        if not isinstance(command, click.Command):
+            return None
+        return told(command, cmd_name)
 
     def format_commands(
         self, ctx: click.Context, formatter: click.HelpFormatter
@@ -71,7 +78,10 @@ def print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
 
 
 @click.command(
-    "pynet", cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]}
+    "pynet",
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="pynet COMMAND --help has options, examples and exit codes of each.",
 )
 @click.option(
     "--version",

@@ -1,5 +1,6 @@
 """`pynet serve`: the daemon. Its options are the fields of `Settings`."""
 
+import faulthandler
 import os
 import sys
 from collections.abc import Callable
@@ -59,12 +60,18 @@ def serve(config: Path | None, **given: Any) -> None:
     Every option can also be a line in the settings file (host_name = "a") or a variable
     (PYNET_HOST_NAME); the command line wins over variables, and these over the file.
     """
+
+    def reread() -> settings.Settings:
+        return settings.load(given, os.environ, config)
+
     try:
-        loaded = settings.load(given, os.environ, config)
+        loaded = reread()
     except InvalidParameter as error:
         click.echo(f"pynet: {error}", err=True)
         sys.exit(BAD_SETTINGS)
     # Imported late, so that a bad setting and --help answer at once.
     from cnmdriver.daemon import run  # noqa: PLC0415
 
-    sys.exit(run(loaded))
+    # A watchdog ends what hangs with SIGABRT: then the log says where it hung.
+    faulthandler.enable(2)
+    sys.exit(run(loaded, reread))

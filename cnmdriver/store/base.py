@@ -100,6 +100,9 @@ class Store(Protocol):
     async def close(self) -> None:
         """Let go; watches end."""
 
+    def reread(self) -> None:
+        """Look again, now, at the files that a login needs; keep the old if bad."""
+
     async def read(self, prefix: str) -> Listing:
         """Return all keys that start with the prefix, at one revision."""
 

@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 
 import structlog
 
+from cnmdriver.errors import InvalidParameter
 from cnmdriver.store import mending
 from cnmdriver.store.base import Change, Item, Listing
 from cnmdriver.store.sqlite import PAGES, mapped
@@ -50,6 +51,10 @@ LISTED = "listed"
 """The fact that says at which revision the store was last read whole."""
 HOST = "host"
 """The fact that says who this host is."""
+VERSION = 1
+"""Of the tables: 0 had no checksums, and of the first 1 no fact tells."""
+SCHEMA_FACT = "schema"
+"""The fact that says which version it is."""
 COPY = "host-id"
 """The file beside the database that says so, too."""
 MARK = 8
@@ -67,6 +72,7 @@ class Content:
     snapshot: list[tuple[str, str, int]] = field(default_factory=list)
     damage: str = ""
     old: bool = False
+    version: int = VERSION
 
 
 def content(image: mending.Image) -> Content:
@@ -82,6 +88,8 @@ def content(image: mending.Image) -> Content:
     if found.damage and image.data and not old:
         with mending.loaded(mending.with_tables(image, SCHEMA)) as db:
             lost += take(db, found)
+    with contextlib.suppress(ValueError):
+        found.version = int(found.facts.get(SCHEMA_FACT, found.version))
     if lost:
         found.damage = found.damage or "what it holds has changed"
     if found.damage:
@@ -126,6 +134,15 @@ def recognize(marks: Iterable[str], hosts: Iterable[str]) -> str:
     (mark,) = found
     fitting = [host for host in hosts if host.startswith(mark)]
     return fitting[0] if len(fitting) == 1 else ""
+
+
+def copied_host(state_dir: Path) -> str:
+    """Return the id that the file beside the database tells, "" if it tells none."""
+    with contextlib.suppress(OSError, ValueError):
+        host, told = (state_dir / COPY).read_text().split()
+        if told == str(mending.checksum(host)):
+            return host
+    return ""
 
 
 class LocalDatabase:
@@ -228,6 +245,8 @@ class LocalDatabase:
         self.db.executescript(SCHEMA)
         if not self._fact(HOST):
             self._name(secrets.token_hex(8))
+        if not self._fact(SCHEMA_FACT):
+            self._note({SCHEMA_FACT: str(VERSION)})
         return self._fact(HOST)
 
     def _check(self) -> None:
@@ -239,6 +258,15 @@ class LocalDatabase:
             # Its first opening was cut short.
             return
         found = content(image)
+        if found.version > VERSION:
+            raise InvalidParameter(
+                f"the local database {self.path} has schema {found.version}, this "
+                f"pynet knows {VERSION}; use the newer pynet, or put the file it was "
+                f"made from in its place: {self.path.name}.schema-{VERSION}"
+            )
+        if found.old and not found.damage:
+            kept = mending.back_up(self.path, image, 0)
+            log.info("local.migrated", path=str(self.path), backup=str(kept))
         if found.damage or found.old:
             known = found.facts.setdefault(HOST, copied)
             self.estranged = not known
@@ -280,12 +308,7 @@ class LocalDatabase:
         self.db.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?, ?)", rows)
 
     def _copied(self) -> str:
-        """Return the id that the file beside the database tells, "" if it is broken."""
-        with contextlib.suppress(OSError, ValueError):
-            host, told = self.path.with_name(COPY).read_text().split()
-            if told == str(mending.checksum(host)):
-                return host
-        return ""
+        return copied_host(self.path.parent)
 
     def _copy(self, host: str) -> None:
         """Write that file, if there is room."""

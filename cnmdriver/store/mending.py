@@ -250,6 +250,15 @@ def keep(path: Path) -> Path:
     return kept
 
 
+def back_up(path: Path, image: Image, schema: int) -> Path:
+    """Keep what a file of an older schema holds beside it; return where."""
+    kept = path.with_name(f"{path.name}.schema-{schema}")
+    fresh = kept.with_name(kept.name + ".new")
+    fresh.write_bytes(image.data)
+    put_in_place(kept, fresh)
+    return kept
+
+
 def draft(path: Path) -> Path:
     """Name the file that is to replace another one, and see that it is not there."""
     fresh = path.with_name(path.name + ".new")

@@ -205,15 +205,28 @@ class Envelope(msgspec.Struct, frozen=True):
     record: msgspec.Raw
 
 
-def encode(record: object) -> bytes:
-    """Write a record as a stored value."""
+Unknown = dict[str, msgspec.Raw]
+"""Fields of a record that this version does not know, as they are stored."""
+
+
+def encode(record: object, unknown: Unknown | None = None) -> bytes:
+    """Write a record as a stored value, with fields that a newer version gave it."""
+    whole = record
+    if unknown:
+        known = msgspec.to_builtins(record, enc_hook=write_address)
+        whole = {**known, **unknown}
     return msgspec.json.encode(
-        {"schema": SCHEMA, "record": record}, enc_hook=write_address
+        {"schema": SCHEMA, "record": whole}, enc_hook=write_address
     )
 
 
 def decode(key: str, value: bytes) -> object:
     """Read a stored value; raises StoreError if it is not one of pynet's."""
+    return read(key, value)[0]
+
+
+def read(key: str, value: bytes) -> tuple[object, int, Unknown]:
+    """Read a stored value as `decode` does; return also its schema and the rest."""
     kind = TYPES.get(key.partition("/")[0])
     if kind is None:
         raise StoreError(f"key {checks.shown(key)} in the store is none of pynet's")
@@ -225,7 +238,13 @@ def decode(key: str, value: bytes) -> object:
             f"value of {checks.shown(key)} in the store: {error}"
         ) from None
     checks.check(key, found)
-    return found
+    return found, envelope.schema, unknown(kind, envelope.record)
+
+
+def unknown(kind: type[Any], record: msgspec.Raw) -> Unknown:
+    """Return the fields of a record that its type does not have."""
+    fields = msgspec.json.decode(record, type=Unknown)
+    return {k: v for k, v in fields.items() if k not in kind.__dataclass_fields__}
 
 
 def write_address(value: object) -> str:

@@ -28,7 +28,7 @@ from typing import IO, Any, TypeVar
 
 import structlog
 
-from cnmdriver.errors import StoreError
+from cnmdriver.errors import InvalidParameter, StoreError
 from cnmdriver.store import mending
 from cnmdriver.store.base import (
     Change,
@@ -52,8 +52,7 @@ CREATE TABLE IF NOT EXISTS state (
 );
 """
 VERSION = 2
-UNSUMMED = 1
-"""The version whose rows had no checksums; it is rebuilt when it is opened."""
+"""Of the tables. What is older (1: rows without checksums) is rebuilt when opened."""
 ITS_OWN = "history"
 """A table that only it had."""
 REMEMBERED = 1000
@@ -220,6 +219,9 @@ class SqliteStore:
             await self.call("close", self._close)
         self.thread.shutdown(wait=False)
 
+    def reread(self) -> None:
+        """Do nothing: there is no login."""
+
     async def read(self, prefix: str) -> Listing:
         """Return all keys under a prefix."""
         return await self.call("read", lambda: self._read(prefix))
@@ -370,17 +372,21 @@ class SqliteStore:
             found = content(image)
         except StoreError as error:
             raise StoreError(f"the embedded store {self.path} is {error}") from None
+        if found.version > VERSION:
+            raise InvalidParameter(
+                f"the embedded store {self.path} has schema {found.version}, this "
+                f"pynet knows {VERSION}; use the newer pynet, or put the file it was "
+                f"made from in its place: {self.path.name}.schema-{VERSION}"
+            )
         if found.damage and not ours:
             raise StoreError(
                 f"cannot open the embedded store {self.path}: {found.damage}, and it "
                 "is left alone as pynet never used it; name another file or remove it"
             )
-        if found.version > VERSION:
-            raise StoreError(
-                f"the embedded store {self.path} has schema {found.version}, this "
-                f"pynet knows {VERSION}; use the newer pynet"
-            )
-        if found.damage or found.version == UNSUMMED:
+        if found.version < VERSION and not found.damage:
+            kept = mending.back_up(self.path, image, found.version)
+            log.info("store.migrated", path=str(self.path), backup=str(kept))
+        if found.damage or found.version < VERSION:
             self._rebuild(found)
 
     def _rebuild(self, found: Content) -> None:

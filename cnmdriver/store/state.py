@@ -28,7 +28,7 @@ from typing import TypeVar
 
 import structlog
 
-from cnmdriver.errors import DriverError, StoreError
+from cnmdriver.errors import Conflict, DriverError, StoreError
 from cnmdriver.model import Cluster, Endpoint, Knock, Network, Reservation
 from cnmdriver.store import records
 from cnmdriver.store.base import (
@@ -150,8 +150,14 @@ class State:
         identity = Cluster(id=secrets.token_hex(8), schema=records.SCHEMA)
 
         def decide(draft: Draft) -> None:
-            if draft.get(Cluster, records.CLUSTER) is None:
+            known = draft.get(Cluster, records.CLUSTER)
+            if known is None:
                 draft.put(records.CLUSTER, identity)
+            elif known.schema > records.SCHEMA:
+                raise Conflict(
+                    f"the store has schema {known.schema}, this pynet knows "
+                    f"{records.SCHEMA}; upgrade this host"
+                )
 
         await self.commit(decide)
 

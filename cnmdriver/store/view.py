@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import TypeVar
 
-from cnmdriver.errors import StoreError
+from cnmdriver.errors import Conflict, StoreError
 from cnmdriver.model import Endpoint, Member, Network, Pool, Reservation, Vni
 from cnmdriver.store import records
 from cnmdriver.store.base import Change, Item
@@ -82,6 +82,10 @@ class View:
         """Each group's keys, sorted."""
         self.written: dict[str, int] = {}
         self.malformed: dict[str, str] = {}
+        self.newer: dict[str, int] = {}
+        """Keys of records that a newer pynet wrote, with their schema."""
+        self.unknown: dict[str, records.Unknown] = {}
+        """What such a record, or one of ours, has besides what we know."""
         self.missing: set[str] = set()
         """Keys that the store lacks: known to us, and to be published again."""
         self.ahead: dict[str, Word] = {}
@@ -205,10 +209,17 @@ class View:
 
     def read(self, key: str, value: bytes | None, revision: int) -> Known | None:
         """Read a stored value; one that is no record is noted."""
+        self.newer.pop(key, None)
+        self.unknown.pop(key, None)
         if value is None:
             return None
         try:
-            return Known(records.decode(key, value), revision)
+            record, schema, unknown = records.read(key, value)
+            if schema > records.SCHEMA:
+                self.newer[key] = schema
+            if unknown:
+                self.unknown[key] = unknown
+            return Known(record, revision)
         except StoreError as error:
             self.malformed[key] = str(error)
             return None
@@ -288,7 +299,9 @@ class View:
         if rewound:
             self.forget_revisions(listed)
         before = self.turns
-        self.malformed = {k: v for k, v in self.malformed.items() if k in listed}
+        for noted in (self.malformed, self.newer, self.unknown):
+            for key in [key for key in noted if key not in listed]:
+                del noted[key]
         # What a network has goes only after this host's part in it has.
         for key in sorted(self.lacking(listed), key=stands):
             if self.written.get(key, 0) <= revision:
@@ -390,6 +403,12 @@ class Draft:
         known = key not in self.puts and self.get(type(record), key) == record
         if known and key not in self.view.missing:
             return
+        if key in self.view.newer:
+            raise Conflict(
+                f"record {key} was written by a newer pynet (schema "
+                f"{self.view.newer[key]}, this one knows {records.SCHEMA}) and is not "
+                "changed by this one; upgrade this host"
+            )
         self.expect.setdefault(key, self.view.seen(key))
         self.deletes.discard(key)
         self.puts[key] = record
@@ -403,6 +422,9 @@ class Draft:
         """Return the transaction."""
         return Change(
             expect=dict(self.expect),
-            puts={key: records.encode(record) for key, record in self.puts.items()},
+            puts={
+                key: records.encode(record, self.view.unknown.get(key))
+                for key, record in self.puts.items()
+            },
             deletes=frozenset(self.deletes),
         )

@@ -172,6 +172,10 @@ class TimedStore:
         """Let go; watches end."""
         await self.store.close()
 
+    def reread(self) -> None:
+        """Look again at the files that a login needs."""
+        self.store.reread()
+
     async def read(self, prefix: str) -> Listing:
         """Return all keys that start with the prefix, at one revision."""
         with self.metrics.timing("store", "read"):

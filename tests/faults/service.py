@@ -56,6 +56,7 @@ checkpoint_restore
 
 NO_MATTER = {
     *("Type", "ExecStart", "Restart", "RestartSec", "RestartPreventExitStatus"),
+    *("ExecReload", "TimeoutStartSec", "WatchdogSec"),
     *("TimeoutStopSec", "StateDirectoryMode", "RuntimeDirectoryMode"),
     *("RuntimeDirectoryPreserve", "SystemCallErrorNumber"),
 }
@@ -142,8 +143,9 @@ def read_only(path: str, *, yes: bool = True) -> None:
 
 def prepare(unit: Unit) -> None:
     """Run what the unit wants, and make its directories."""
-    for name in unit.words("Wants", "Unit"):
-        other = Unit(unit.path.with_name(name))
+    beside = map(unit.path.with_name, unit.words("Wants", "Unit"))
+    for path in (path for path in beside if path.exists()):
+        other = Unit(path)
         umask = int(other.one("UMask", "0022"), 8)
         for line in other.all("ExecStart"):
             may_fail = line.startswith("-")

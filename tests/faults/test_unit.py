@@ -36,7 +36,7 @@ def as_unit(unit: Path, *argv: str) -> tuple[str, ...]:
 
 def changed(directory: Path, change: Callable[[str], str]) -> Path:
     """Return the unit with other text, beside what it wants."""
-    for path in DEPLOY.glob("*.service"):
+    for path in DEPLOY.glob("pynet*"):
         (directory / path.name).write_text(path.read_text())
     unit = directory / UNIT.name
     unit.write_text(change(UNIT.read_text()))
@@ -346,7 +346,8 @@ def test_systemd_understands_the_units(tmp_path: Path) -> None:
     unit = changed(
         tmp_path, lambda text: text.replace("/opt/pynet/bin/pynet", "/usr/bin/true")
     )
-    words = ("systemd-analyze", "verify", str(unit))
+    units = (unit, unit.with_name("pynet.socket"))
+    words = ("systemd-analyze", "verify", *map(str, units))
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     ours = [line for line in done.stderr.splitlines() if str(tmp_path) in line]
     assert ours == []
@@ -360,9 +361,11 @@ def test_the_unit_is_for_docker() -> None:
     assert unit.says("RuntimeDirectoryPreserve")
     assert unit.one("StateDirectoryMode") == "0700"
     assert unit.one("Restart") == "on-failure"
-    for name in unit.words("Wants", "Unit"):
-        assert unit.path.with_name(name).exists()
-        assert name in unit.words("After", "Unit")
+    wanted = unit.words("Wants", "Unit")
+    assert {*wanted} <= {*unit.words("After", "Unit")}
+    ours = [name for name in wanted if name.startswith("pynet")]
+    assert ours == ["pynet-prepare.service", "pynet.socket"]
+    assert all(unit.path.with_name(name).exists() for name in ours)
 
 
 def test_sets_of_calls_are_expanded() -> None:

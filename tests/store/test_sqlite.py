@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cnmdriver.errors import StoreError
+from cnmdriver.errors import InvalidParameter, StoreError
 from cnmdriver.store.base import Change, CompactedError, Item
 from cnmdriver.store.mending import checksum
 from cnmdriver.store.sqlite import SqliteStore
@@ -139,7 +139,9 @@ async def test_a_newer_schema_is_refused(opened, tmp_path):
         )
     connection.close()
     before = path.read_bytes()
-    with pytest.raises(StoreError, match=f"{path} has schema 3, this pynet knows 2"):
+    with pytest.raises(
+        InvalidParameter, match=f"{path} has schema 3, this pynet knows 2"
+    ):
         await opened(path)
     assert path.read_bytes() == before
 
@@ -152,6 +154,9 @@ async def test_an_older_schema_is_taken_over(opened, tmp_path):
     connection.close()
     store = await opened(path)
     assert store.mended == ""
+    kept = sqlite3.connect(tmp_path / "store.db.schema-1")
+    assert kept.execute("SELECT key, value FROM records").fetchall() == [("a", b"1")]
+    kept.close()
     listing = await store.read("")
     assert listing.items == {"a": Item(value=b"1", revision=7)}
     assert await store.commit(Change(puts={"b": b"2"})) == 10

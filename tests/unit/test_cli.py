@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from cnmdriver.cli import client as client_module
 from cnmdriver.cli import table
 from cnmdriver.cli.host import duration
 from cnmdriver.cli.main import COMMANDS, main
+from cnmdriver.cli.manual import PAGES
 from cnmdriver.cli.objects import amount
 from cnmdriver.insight import kernel
 from tests import scene
@@ -305,9 +307,33 @@ def test_not_running(tmp_path):
     code, text = pynet("status", "--admin", str(path))
     assert code == 1
     assert text == (
-        f"Error: pynet is not running (no answer at {path}): start it with "
-        "pynet serve\n"
+        f"Error: pynet is not running (no answer at {path}): start it with systemctl "
+        "start pynet or pynet serve, or name its admin socket with --admin\n"
     )
+
+
+def test_a_daemon_of_another_version(host, monkeypatch):
+    """A daemon that has no such call is said to be of another version."""
+    monkeypatch.setattr(
+        client_module.Client, "get", lambda self, *parts: self.ask("GET", ("x",), {})
+    )
+    code, text = pynet("census")
+    assert code == 1
+    assert "is of another version than this command" in text
+    assert "systemctl restart pynet" in text
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_help_is_a_page_of_the_manual(path):
+    """The help of a command has examples that it understands, and exit codes."""
+    code, text = pynet(*path.split(), "--help")
+    assert code == 0
+    assert "Examples:\n  pynet " in text or "Examples:\n    pynet " in text
+    assert "Exit codes: 0 " in text
+    for line in PAGES[path].examples:
+        assert f" {line}\n" in text
+        for word in re.findall(r"--[a-z-]+", line.partition("|")[0]):
+            assert f"{word}" in text.replace(line, "")
 
 
 def test_stale_socket(tmp_path):

@@ -311,6 +311,12 @@ class Client:
             self.connect(material)
         self.stamp, self.material = stamp, material
 
+    def look_again(self) -> None:
+        """Do not wait for the next look; before the first connection there is none."""
+        self.looked, self.refused = float("-inf"), ()
+        if self.members:
+            self.refresh()
+
     def connect(self, material: tls.Material | None) -> None:
         """Make new channels; the old ones end when their calls have."""
         credentials = tls.credentials(material) if material else None

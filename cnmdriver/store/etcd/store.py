@@ -120,6 +120,10 @@ class EtcdStore:
 
     # Reading.
 
+    def reread(self) -> None:
+        """Look at the certificates' files now; what cannot be used is logged."""
+        self.client.look_again()
+
     async def read(self, prefix: str) -> Listing:
         """Return all keys that start with the prefix, at one revision."""
         newest, until = self.client.newest, now() + WHOLE
