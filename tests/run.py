@@ -19,7 +19,7 @@ from pathlib import Path
 from xml.etree import ElementTree as ET
 
 TESTS = Path(__file__).parent
-LIMIT = 1800
+LIMIT = 2700
 """Seconds for one suite."""
 WORKERS = 2
 NO_TESTS = 5
