@@ -43,6 +43,7 @@ class FakeKernel:
         self.applied = 0
         self.dead: set[str] = set()
         self.reattached: list[str] = []
+        self.announced: list[tuple[str, str, str, str]] = []
         self.inners: dict[str, Inner] = {}
         self.walls = Filters()
         self.silent = False
@@ -96,6 +97,12 @@ class FakeKernel:
     async def routes(self) -> tuple[tuple[IPNetwork, str], ...]:
         """Return the host's routes."""
         return self.route_list
+
+    async def announce(
+        self, where: str, device: str, bindings: Iterable[tuple[IPAddress, str]]
+    ) -> None:
+        """Note what was announced."""
+        self.announced += [(where, device, str(ip), mac) for ip, mac in bindings]
 
     async def vnis(self) -> frozenset[int]:
         """Return the VNIs that the test gave to others."""

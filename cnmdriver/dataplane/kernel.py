@@ -28,12 +28,19 @@ from pathlib import Path
 
 import structlog
 
-from cnmdriver.dataplane import probe
+from cnmdriver.dataplane import announcing, probe
 from cnmdriver.dataplane import sandbox as inside
 from cnmdriver.dataplane.accept import Accepts
 from cnmdriver.dataplane.addresses import Addresses
 from cnmdriver.dataplane.entries import Entries, Reading
-from cnmdriver.dataplane.handler import Handler, Step, Undo, nothing, settled
+from cnmdriver.dataplane.handler import (
+    Handler,
+    Step,
+    Undo,
+    nothing,
+    refusal,
+    settled,
+)
 from cnmdriver.dataplane.holds import Holds
 from cnmdriver.dataplane.links import MARK, Links
 from cnmdriver.dataplane.monitor import Ear
@@ -263,6 +270,19 @@ class Kernel:
         """
         links = self._crews[HOST].links
         return await settled(underlay(self._host.netlink, links, wish, towards))
+
+    async def announce(
+        self, where: str, device: str, bindings: Iterable[tuple[IPAddress, str]]
+    ) -> None:
+        """Tell the ports of a bridge which MACs addresses have; raises KernelError."""
+        place = self._host if where == HOST else await self._places.get(where)
+        if place is None:
+            return
+        what = f"announcing addresses on {device}"
+        try:
+            await place.inside.ask(what, announcing.send, device, bindings)
+        except OSError as error:
+            raise refusal(what, error.errno or 0) from error
 
     async def vnis(self) -> frozenset[int]:
         """Return the VXLAN network identifiers that devices of others have here."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import structlog
 
+from cnmdriver.driver.bindings import Bindings
 from cnmdriver.driver.site import Site
 from cnmdriver.errors import DriverError, KernelError
 from cnmdriver.model import Alive, Endpoint, IPAddress, Member, Watermark
@@ -69,6 +70,9 @@ class Remotes:
         self.amiss: set[str] = set()
         """Networks of which the kernel did not take everything."""
         self.vteps: dict[str, IPAddress] = {}
+        self.bindings = Bindings()
+        self.begun = False
+        """Whether there was an update: what the first one brings is no news."""
         self.alarm: Callable[[], None] = lambda: None
         """Called when the kernel did not take what it should."""
         self.worked = 0
@@ -175,6 +179,20 @@ class Remotes:
             self.alarm()
             raise
         self.amiss -= touched.networks
+        await self.announce()
+
+    async def announce(self) -> None:
+        """Tell containers here of addresses whose MAC they may know otherwise."""
+        news, begun = self.bindings.news(), self.begun
+        self.begun = True
+        for network, found in news.items() if begun else ():
+            if network not in self.local:
+                continue
+            try:
+                await self.site.announce(network, found)
+            except KernelError as error:
+                # They ask again by themselves when nobody answers, after half a minute.
+                log.debug("remotes.not_announced", error=str(error))
 
     def sort(self, key: str, touched: Touched) -> None:
         """Note what a changed record is about."""
@@ -188,6 +206,8 @@ class Remotes:
             touched.keys.add(key)
         elif key == records.member(network, self.site.host.id) or kind == "networks":
             touched.networks.add(network)
+            if self.site.view.get(object, key) is None:
+                self.bindings.forget(network)
         elif kind == "members":
             touched.keys.add(key)
         elif kind in {"hosts", "alive"}:
@@ -203,6 +223,8 @@ class Remotes:
             own.add(key)
         else:
             own.discard(key)
+        if found is not None:
+            self.bindings.note(found)
         if bool(own) != before:
             touched.networks.add(network)
         if not own:

@@ -30,7 +30,7 @@ from cnmdriver.model import (
 )
 from cnmdriver.plan import devices, firewall, ops
 from cnmdriver.plan.modes import MODES, Mode
-from cnmdriver.plan.ops import Plan, Veth, Vxlan
+from cnmdriver.plan.ops import Bridge, Plan, Veth, Vxlan
 from cnmdriver.plan.sight import Echo, Filters, Inner, Way
 from cnmdriver.store import records
 from cnmdriver.store.state import State
@@ -72,6 +72,11 @@ class Dataplane(Protocol):
         An empty wish is the way to the first of the addresses that is not on this
         host, or the default route. Raises InvalidParameter for what cannot be one.
         """
+
+    async def announce(
+        self, where: str, device: str, bindings: Iterable[tuple[IPAddress, str]]
+    ) -> None:
+        """Tell the ports of a bridge which MACs addresses have; raises KernelError."""
 
     async def vnis(self) -> frozenset[int]:
         """Return the VXLAN network identifiers that devices of others have here."""
@@ -204,6 +209,16 @@ class Site:
         # Beside the table, so that one that is made anew keeps no member out.
         place = plan.index(firewall.table()) + 1
         return (*plan[:place], *self.vtep_plan(), *plan[place:])
+
+    async def announce(
+        self, network: str, bindings: Iterable[tuple[IPAddress, str]]
+    ) -> None:
+        """Tell this host's containers of a network which MACs addresses have."""
+        member = self.view.get(Member, records.member(network, self.host.id))
+        plan = self.plan_less_vteps(member) if member is not None else ()
+        for bridge in plan:
+            if isinstance(bridge, Bridge):
+                await self.dataplane.announce(bridge.where, bridge.name, bindings)
 
     def plan_less_vteps(self, member: Member) -> Plan:
         """Return that plan without what does not differ between networks."""

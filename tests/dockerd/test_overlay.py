@@ -22,6 +22,7 @@ from tests.dockerd.cluster import (
 from tests.dockerd.tools import (
     Container,
     Place,
+    Scene,
     Server,
     api,
     devices,
@@ -206,6 +207,63 @@ def test_a_moved_address_is_right_everywhere(cluster: Cluster) -> None:
                 answer = prober.udp(address, PORT, 1.0)
                 assert answer is not None
                 assert answer.server == f"turn-{turn}"
+
+
+def test_a_changed_mac_is_known_everywhere(cluster: Cluster) -> None:
+    """
+    Who knew an address by another MAC reaches it at once all the same.
+
+    1. Containers on the same and on another host, and on the same host's bridge network,
+       know a container.
+    2. It is made anew: by its IPv6 address, with another IPv4 address and so another
+       MAC; with a MAC of the user's; and again without.
+    Result: each is answered within a second, in the family whose address stayed.
+    """
+    name = cluster.network()
+    scene, other, _ = cluster.scenes
+    pools = ("--subnet", "10.97.0.0/24", "--ipv6", "--subnet", "fd97::/64")
+    alone = scene.network("-o", "pynet.mode=bridge", "--ipam-driver", "pynet", *pools)
+    for network, probers in (
+        (name, [scene.run(name), other.run(name)]),
+        (alone, [scene.run(alone)]),
+    ):
+        first = scene.run(network)
+        four, six = first.ip(network), first.ip6(network)
+        spare = four.rpartition(".")[0] + ".29"
+        for address, ipv4, mac in (
+            (six, spare, ""),
+            (six, four, ""),
+            (four, four, "02:11:22:33:44:55"),
+            (four, four, ""),
+        ):
+            for prober in probers:
+                assert prober.pings(address)
+            scene.remove(first)
+            first = placed(scene, network, ipv4, six, mac)
+            with Server(first, "again", PORT, "udp"):
+                for prober in probers:
+                    assert prober.udp(address, PORT, 1.0) is not None, (ipv4, mac)
+        scene.remove(first)
+
+
+def placed(scene: Scene, network: str, ipv4: str, ipv6: str, mac: str) -> Container:
+    """Start a container with addresses and a MAC of the user's, in any Docker."""
+    name = f"placed-{len(scene.containers)}"
+    place = {"IPAMConfig": {"IPv4Address": ipv4, "IPv6Address": ipv6}}
+    body = {
+        "Image": "busybox",
+        "Cmd": ["sleep", "600"],
+        "MacAddress": mac,
+        "HostConfig": {"NetworkMode": network},
+        # Docker 25 and later have it here.
+        "NetworkingConfig": {
+            "EndpointsConfig": {network: {**place, "MacAddress": mac}}
+        },
+    }
+    scene.containers.append(name)
+    api(scene.host, "POST", f"/containers/create?name={name}", body)
+    api(scene.host, "POST", f"/containers/{name}/start")
+    return Container(host=scene.host, name=name).look()
 
 
 @pytest.mark.timeout(400)
