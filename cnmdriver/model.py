@@ -270,7 +270,8 @@ class Question:
     """
     Asks another host what its kernel has of the way between two endpoints.
 
-    Without endpoints it is about the way between the two hosts alone.
+    With a name instead it asks which of its endpoints Docker calls so there, and with
+    neither it is about the way between the two hosts alone.
     """
 
     id: str
@@ -280,6 +281,7 @@ class Question:
     """Of the host that is asked."""
     other: str = ""
     """Of the host that asks."""
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

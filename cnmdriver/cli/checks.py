@@ -24,9 +24,9 @@ def trace(client: Client, source: str, target: str, *, as_json: bool) -> None:
     """
     Find where a packet between two endpoints dies: exit code 0 if none does, else 1.
 
-    A and B are endpoints of one network, by name (on this host), id or address; one is
-    on this host. Each step of the way is compared with what it should be, on both
-    hosts, and real packets are sent. Nothing is changed.
+    A and B are endpoints of one network, by name, id or address; one is on this host.
+    Each step of the way is compared with what it should be, on both hosts, and real
+    packets are sent. Nothing is changed.
     """
     found = client.get("trace", **{"from": source, "to": target})
     if as_json:
@@ -53,7 +53,8 @@ def told(found: Any) -> Iterator[str]:
         yield from folded("probe  ", probed(echo))
     yield from folded("", found["verdict"])
     if found["remedy"]:
-        yield from folded("remedy: ", found["remedy"], whole=True)
+        where = f" on {table.clean(found['at']['host'])}" if found["at"] else ""
+        yield from folded(f"remedy{where}: ", found["remedy"], whole=True)
 
 
 def party(one: Any) -> str:

@@ -18,25 +18,29 @@ from cnmdriver.errors import DriverError, StoreError
 from cnmdriver.insight import filters, findings, kernel
 from cnmdriver.insight.filters import Packet, Stop
 from cnmdriver.insight.findings import Peer, Seen
+from cnmdriver.insight.pairs import Pair
 from cnmdriver.insight.report import Json
 from cnmdriver.insight.status import strings
-from cnmdriver.insight.trace import CLOCK, Pair, arriving, host_hops
+from cnmdriver.insight.trace import CLOCK, arriving, host_hops
 from cnmdriver.machine import Machine
 from cnmdriver.machine import look as look_at_machine
 from cnmdriver.model import Alive, Endpoint, Hop, Host, Member, Network, Question
 from cnmdriver.plan import devices
 from cnmdriver.plan.firewall import closed
+from cnmdriver.plan.overlay import OVERHEAD
 from cnmdriver.plan.sight import Echo, Way
 from cnmdriver.privileges import lacking
 from cnmdriver.redaction import USERINFO
 from cnmdriver.store import records
 
+CONNECTING = 1.0
+"""Seconds for a connection to a member of the store."""
 ASKED = 3
 """Answers of the store that are timed."""
 AT_ONCE = 16
 """Other hosts that are looked at together, and at most."""
 SIZES = (9000, 1500, 1492, 1450, 1400, 1380, 1280)
-"""Bytes of packets that are tried, as far as the underlay's own MTU allows."""
+"""Bytes of packets that are tried, below those of the largest that are needed."""
 OUTSIDE = ip_address("1.1.1.1")
 """An address that only a default route leads to; nothing is sent there."""
 
@@ -58,18 +62,21 @@ async def doctor(site: Site, info: Mapping[str, object]) -> Json:
 async def look(site: Site, info: Mapping[str, object]) -> Seen:
     """Look at this host and at the others."""
     machine = await asyncio.to_thread(look_at_machine)
-    own, stopped, timed, peers = await asyncio.gather(
-        own_state(site, machine), stops(site), answers(site), others(site)
+    given = info.get("settings")
+    url = str(given.get("store", "")) if isinstance(given, dict) else ""
+    own, stopped, timed, peers, gone = await asyncio.gather(
+        own_state(site, machine), stops(site), answers(site), others(site), absent(url)
     )
     number = len(reachable(site)) if site.host.vtep is not None else 0
     return replace(
         own,
         version=site.host.version,
-        mtu=site.host.mtu,
+        mtu=needed(site),
         lacking=lacking(),
         mends=bool(info.get("mends", True)),
         shared=site.state.store.shared,
         store=timed,
+        absent=gone,
         away=USERINFO.sub("", site.state.away or ""),
         docker=str(info.get("docker_version") or ""),
         docker_error="" if info.get("docker") != "away" else "Docker does not answer",
@@ -113,6 +120,18 @@ async def underlay(site: Site) -> Way | None:
     return None
 
 
+def needed(site: Site) -> int:
+    """Return the bytes of the largest packets that tunnels of this host send."""
+    if site.host.vtep is None:
+        return site.host.mtu
+    overhead = OVERHEAD[site.host.vtep.version]
+    networks = (
+        site.view.get(Network, records.network(m.network)) for m in site.members()
+    )
+    sizes = [n.mtu + overhead for n in networks if n is not None and n.vni]
+    return max(sizes, default=site.host.mtu)
+
+
 async def answers(site: Site) -> tuple[float, ...]:
     """Time some answers of the store, in milliseconds."""
     timed: list[float] = []
@@ -124,6 +143,26 @@ async def answers(site: Site) -> tuple[float, ...]:
             return ()
         timed.append((time.monotonic() - began) * 1000)
     return tuple(timed)
+
+
+async def absent(url: str) -> tuple[str, ...]:
+    """Return the members of a store that take no connections."""
+    scheme, _, rest = USERINFO.sub("", url).partition("://")
+    members = rest.split(",") if scheme in {"etcd", "etcds"} else []
+    taken = await asyncio.gather(*map(connects, members))
+    return tuple(m for m, took in zip(members, taken, strict=True) if not took)
+
+
+async def connects(member: str) -> bool:
+    """Tell whether somebody takes connections at HOST:PORT."""
+    host, _, port = member.rpartition(":")
+    try:
+        async with asyncio.timeout(CONNECTING):
+            _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+    except (OSError, TimeoutError, ValueError):
+        return False
+    writer.close()
+    return True
 
 
 async def stops(site: Site) -> dict[str, Stop]:
@@ -214,7 +253,8 @@ async def sizes(site: Site, host: Host) -> tuple[Echo, ...]:
     """Ping an end of the tunnels with large packets, and last with an ordinary one."""
     if site.host.vtep is None or host.vtep is None:
         return ()
-    tried = {size for size in SIZES if size < site.host.mtu} | {site.host.mtu}
+    need = needed(site)
+    tried = {size for size in SIZES if size < need} | {need}
     ping, own, to = site.dataplane.ping, site.host.vtep, host.vtep
     large = (ping("", own, to, size) for size in sorted(tried, reverse=True))
     return tuple(await asyncio.gather(*large, ping("", own, to)))

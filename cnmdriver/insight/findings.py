@@ -70,6 +70,7 @@ class Seen:
     machine: Machine
     version: str = ""
     mtu: int = 1500
+    """Bytes of the largest packets that tunnels send."""
     underlay: str = ""
     """The device of the tunnels."""
     lacking: tuple[str, ...] = ()
@@ -79,6 +80,8 @@ class Seen:
     """Whether the store is one that hosts share."""
     store: tuple[float, ...] = ()
     """Milliseconds of some answers of the store."""
+    absent: tuple[str, ...] = ()
+    """Its members that take no connections."""
     away: str = ""
     docker: str = ""
     """Its version; "" if it was not told."""
@@ -242,7 +245,15 @@ def version(text: str) -> tuple[int, int]:
 
 
 def store(seen: Seen) -> Iterator[Finding]:
-    """Judge the store's answers."""
+    """Judge the store's answers, and who of it is there."""
+    for member in seen.absent:
+        yield Finding(
+            check="store",
+            severity=WARNING,
+            what=f"{member} takes no connections",
+            why="one member less can be lost before all wait for the store",
+            remedy="start etcd there, or take it out of --store",
+        )
     if seen.away:
         yield Finding(
             check="store",

@@ -272,7 +272,7 @@ def planned(look: Look, name: str, wanted: Sequence[Op]) -> Hop:
         if there is None:
             amiss.append(f"{kind(op)} is not there")
         elif ops.differing(op, there):
-            amiss.append(f"{kind(op)}: {ops.describe(op, there)}")
+            amiss.append(f"{kind(op)}: {contrast(op, there)}")
         else:
             continue
         fixes.append(mend(op, there))
@@ -287,6 +287,20 @@ def planned(look: Look, name: str, wanted: Sequence[Op]) -> Hop:
         well=not amiss,
         remedy=remedy,
     )
+
+
+def contrast(wanted: Op, found: Op) -> str:
+    """Say in words what differs."""
+    return ", ".join(
+        f"{field} is {said(getattr(found, field))} and should be "
+        f"{said(getattr(wanted, field))}"
+        for field in ops.differing(wanted, found)
+    )
+
+
+def said(value: object) -> str:
+    """Write a field's value, also an empty one."""
+    return str(value) if value != "" else "none"
 
 
 def kind(op: Op) -> str:

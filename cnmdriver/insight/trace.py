@@ -7,12 +7,13 @@ changes nothing.
 """
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict
 
 from cnmdriver.driver.site import Site
-from cnmdriver.errors import Conflict, DriverError, NotFound
+from cnmdriver.errors import DriverError
 from cnmdriver.insight.hops import (
     BACK,
     IN,
@@ -24,7 +25,16 @@ from cnmdriver.insight.hops import (
     underlay,
     walls,
 )
+from cnmdriver.insight.pairs import (
+    Pair,
+    called,
+    choose,
+    described,
+    host_name,
+    network_name,
+)
 from cnmdriver.insight.report import Json
+from cnmdriver.insight.verdict import SMALL, Below, Seen, is_reached, judge
 from cnmdriver.model import (
     Endpoint,
     Hop,
@@ -42,25 +52,8 @@ from cnmdriver.store import records
 
 CLOCK = "clock"
 """The step that says a host's time, in seconds of Unix time; nothing goes by it."""
-SMALL = 84
-"""Bytes of an ordinary ping."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Seen:
-    """A step, and the host it is on."""
-
-    host: str
-    hop: Hop
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pair:
-    """Two endpoints of one network; the first is this host's."""
-
-    network: Network
-    mine: Endpoint
-    other: Endpoint
+COUNTING = 5.0
+"""Seconds to find out whether frames arrive."""
 
 
 async def trace(site: Site, source: str, target: str, *, repairs: bool) -> Json:
@@ -69,7 +62,7 @@ async def trace(site: Site, source: str, target: str, *, repairs: bool) -> Json:
 
     Raises NotFound if there are no such two, Conflict if several are meant.
     """
-    pair = choose(site, source, target)
+    pair = await choose(site, source, target)
     near, far, probes, base = await asyncio.gather(
         look(site, pair, repairs=repairs),
         distant(site, pair, repairs=repairs),
@@ -86,7 +79,7 @@ async def trace(site: Site, source: str, target: str, *, repairs: bool) -> Json:
         "network": network_name(site, pair.network),
         "mode": pair.network.mode,
         "from": described(site, pair.mine),
-        "to": described(site, pair.other),
+        "to": described(site, pair.other, pair.called),
         "hops": [{"host": s.host, **asdict(s.hop)} for s in path],
         "probes": [echoed(e) for e in (*probes, *([base] if base else ()))],
         "reachable": is_reached(probes),
@@ -95,101 +88,6 @@ async def trace(site: Site, source: str, target: str, *, repairs: bool) -> Json:
         if verdict.at
         else None,
         "remedy": verdict.remedy,
-    }
-
-
-# Who is meant.
-
-
-def choose(site: Site, source: str, target: str) -> Pair:
-    """Find two endpoints of one network, one of them here."""
-    first, second = named(site, source), named(site, target)
-    pairs = [
-        (one, two) for one in first for two in second
-        if one.network == two.network and one.id != two.id
-    ]  # fmt: skip
-    own = [(a, b) for a, b in pairs if site.host.id in {a.host, b.host}]
-    if not own:
-        raise NotFound(apart(site, (source, target), (first, second), pairs))
-    networks = {a.network for a, _ in own}
-    if len(own) > len(networks):
-        ids = ", ".join(sorted({e.id[:12] for pair in own for e in pair}))
-        raise Conflict(f"several endpoints are meant: say which two of {ids}")
-    one, two = min(own, key=lambda pair: pair[0].network)
-    mine, other = (one, two) if one.host == site.host.id else (two, one)
-    network = site.view.get(Network, records.network(mine.network))
-    if network is None:
-        raise NotFound(f"network {mine.network[:12]} has no record in the store")
-    return Pair(network=network, mine=mine, other=other)
-
-
-def named(site: Site, wanted: str) -> list[Endpoint]:
-    """Return the endpoints of a name (of this host's), an id's start or an address."""
-    known = list(site.view.all(Endpoint, "endpoints/"))
-    for found in (
-        [e for e in known if wanted == e.id],
-        [e for e in known if wanted in {str(a.ip) for a in e.addresses}],
-        [e for e in known if wanted == site.names.get(e.id)],
-        [e for e in known if len(wanted) > 2 and e.id.startswith(wanted)],
-    ):
-        if found:
-            return found
-    raise NotFound(
-        f"no endpoint is called {wanted[:80]!r}; pynet endpoint ls lists this host's, "
-        "those of other hosts are known by address or id"
-    )
-
-
-def apart(
-    site: Site,
-    wanted: tuple[str, str],
-    found: tuple[list[Endpoint], list[Endpoint]],
-    pairs: list[tuple[Endpoint, Endpoint]],
-) -> str:
-    """Say why two endpoints cannot be traced from here."""
-    if pairs:
-        host = host_name(site, pairs[0][0].host)
-        return f"neither {wanted[0]} nor {wanted[1]} is on this host: trace on {host}"
-    networks = [
-        " and ".join(sorted({network_label(site, e.network) for e in some}))
-        for some in found
-    ]
-    if found[0] == found[1]:
-        return f"{wanted[0]} and {wanted[1]} are one endpoint"
-    return (
-        f"{wanted[0]} is on network {networks[0]} and {wanted[1]} on {networks[1]}: "
-        "they reach each other by published ports only, or when you connect one to the "
-        "other's network"
-    )
-
-
-def network_label(site: Site, network: str) -> str:
-    """Name a network by its id."""
-    member = site.view.get(Member, records.member(network, site.host.id))
-    return site.name(member.docker_id) if member is not None else network[:12]
-
-
-def network_name(site: Site, network: Network) -> str:
-    """Name a network."""
-    return network_label(site, network.id)
-
-
-def host_name(site: Site, host: str) -> str:
-    """Name a host."""
-    if host == site.host.id:
-        return site.host.name
-    found = site.view.get(Host, records.host(host))
-    return found.name if found is not None else host[:8]
-
-
-def described(site: Site, one: Endpoint) -> Json:
-    """Return who an endpoint is."""
-    return {
-        "name": site.name(one.id),
-        "id": one.id,
-        "addresses": [str(a.ip) for a in one.addresses],
-        "mac": one.mac,
-        "host": host_name(site, one.host),
     }
 
 
@@ -300,6 +198,8 @@ async def answer(
     site: Site, asking: str, question: Question, *, repairs: bool
 ) -> tuple[Hop, ...]:
     """Look at what another host asks: an endpoint here and one there, or the hosts."""
+    if question.name:
+        return called(site, question.name)
     if not question.endpoint:
         return await host_hops(site, asking)
     mine, other = (
@@ -360,13 +260,19 @@ async def below(site: Site, pair: Pair) -> Echo | None:
 
 
 async def arriving(site: Site, pair: Pair) -> int | None:
-    """Count the frames that the other's tunnel takes while packets are sent there."""
-    before = await counted(site, pair)
-    if before is None:
-        return None
-    await probe(site, pair)
-    after = await counted(site, pair)
-    return None if after is None else after - before
+    """
+    Count the frames that the other's tunnel takes while packets are sent there.
+
+    None if that is not known soon.
+    """
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(COUNTING):
+            before = await counted(site, pair)
+            if before is not None:
+                await probe(site, pair)
+                after = await counted(site, pair)
+                return None if after is None else after - before
+    return None
 
 
 async def counted(site: Site, pair: Pair) -> int | None:
@@ -375,22 +281,6 @@ async def counted(site: Site, pair: Pair) -> int | None:
     said = [hop for hop in far or () if isinstance(hop, Hop) and hop.name == RECEIVED]
     number = said[0].found.partition(" ")[0] if said else ""
     return int(number) if number.isdigit() else None
-
-
-@dataclass(frozen=True, slots=True)
-class Below:
-    """What is known of what lies between two hosts."""
-
-    base: Echo | None
-    """A ping from end to end of the tunnels."""
-    arrived: int | None
-    """Frames that arrived while packets were sent, None if that is not known."""
-
-
-def is_reached(probes: Iterable[Echo]) -> bool:
-    """Tell whether every probe was answered, and there was one."""
-    answers = [echo.answered for echo in probes]
-    return bool(answers) and all(answers)
 
 
 def echoed(echo: Echo) -> Json:
@@ -423,95 +313,3 @@ def walked(
     elif far is not None:
         yield from (Seen(host=there, hop=hop) for hop in ordered(far, IN))
     yield from (Seen(host=here, hop=hop) for hop in back)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
-    """Where a packet ends, in one line, and what mends that."""
-
-    line: str
-    remedy: str = ""
-    at: Seen | None = None
-    """The step that is amiss, if one is."""
-
-
-def judge(
-    path: list[Seen], probes: tuple[Echo, ...], *, below: Below, there: str
-) -> Verdict:
-    """Say where a packet ends, or that it does not; `there` is the other host."""
-    amiss = next((seen for seen in path if seen.hop.well is False), None)
-    if is_reached(probes):
-        return reached(probes, amiss)
-    if amiss is not None:
-        hop = amiss.hop
-        line = f"dies on {amiss.host}, {hop.name}: {hop.found}"
-        return Verdict(line=line, remedy=hop.remedy, at=amiss)
-    if is_reached(echo for echo in probes if echo.size == SMALL):
-        return too_large(next(echo for echo in probes if not echo.answered))
-    unsent = next((echo.error for echo in probes if echo.error), "")
-    if unsent or not probes:
-        return unable(unsent)
-    unseen = next((seen.hop for seen in path if seen.hop.well is None), None)
-    if unseen is None:
-        return beyond(below, there)
-    line = f"dies where this host cannot see: all of its own is well, {there} was "
-    return Verdict(
-        line=line + unseen.found,
-        remedy=f"run pynet trace on {there}, or start pynet there",
-    )
-
-
-def unable(error: str) -> Verdict:
-    """Say that no packet left, though nothing amiss was seen."""
-    if not error:
-        return Verdict(line="nothing was sent: the two share no kind of address")
-    return Verdict(
-        line=f"no packet could be sent from the container: {error}",
-        remedy="pynet status tells what the daemon may not do",
-    )
-
-
-def too_large(dead: Echo) -> Verdict:
-    """Say that only small packets pass."""
-    line = f"packets of {SMALL} bytes reach {dead.to}, those of {dead.size} die: "
-    return Verdict(
-        line=line + "something on the way has a smaller MTU",
-        remedy="pynet doctor finds what the way has room for",
-    )
-
-
-def reached(probes: tuple[Echo, ...], amiss: Seen | None) -> Verdict:
-    """Say that packets arrive, and what is not as it should be all the same."""
-    times = {str(e.to): e.milliseconds for e in probes if e.size == SMALL}
-    said = ", ".join(f"{to} answers in {ms:g} ms" for to, ms in times.items())
-    if amiss is None:
-        return Verdict(line=f"reachable: {said}")
-    hop = amiss.hop
-    line = f"reachable: {said}; but on {amiss.host}, {hop.name}: {hop.found}"
-    return Verdict(line=line, remedy=hop.remedy, at=amiss)
-
-
-def beyond(below: Below, there: str) -> Verdict:
-    """Say what is left when nothing amiss was seen on any host."""
-    base = below.base
-    if base is None:
-        return Verdict(
-            line="dies although all is well: the container itself may drop pings",
-            remedy="look at the container's own packet filter",
-        )
-    if not base.answered:
-        line = "dies between the hosts: all is well on both, and "
-        return Verdict(
-            line=f"{line}{base.to} answers no ping either",
-            remedy="look at what is between the hosts: cables, switches, routers",
-        )
-    advice = "let UDP of the tunnels' port pass between the hosts, both ways "
-    advice += "(routers, security groups)"
-    if below.arrived == 0:
-        line = "dies between the hosts: all is well on both, pings of hosts pass, and "
-        return Verdict(line=f"{line}no frame arrives at {there}", remedy=advice)
-    line = f"dies beyond {there}'s tunnel: all is well on both hosts, frames arrive "
-    return Verdict(
-        line=line + "there, and no answer comes back",
-        remedy=f"{advice}; or the container itself drops pings",
-    )

@@ -170,6 +170,7 @@ def question(parts: Parts, record: object) -> bool:
     for field in ("network", "endpoint", "other"):
         if getattr(record, field):
             match(ID, getattr(record, field), field)
+    words(255, name=record.name)
     return between(parts)
 
 

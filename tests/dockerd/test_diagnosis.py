@@ -115,9 +115,6 @@ BREAKS: dict[str, tuple[str, str, str, str]] = {
     "address lost in the container": (
         NEAR, INSIDE + " ip addr del {web4}/24 dev eth0", NEAR, "interface",
     ),
-    "another MAC in the container": (
-        NEAR, INSIDE + f" ip link set eth0 address {WRONG}", NEAR, "interface",
-    ),
     "wrong neighbour in the container": (
         NEAR, INSIDE + f" ip neigh replace {{db4}} lladdr {WRONG} dev eth0", NEAR,
         "container's neighbour",
@@ -130,28 +127,14 @@ BREAKS: dict[str, tuple[str, str, str, str]] = {
         ELEMENT + 'ips4 {{ "{web}" . {web4} }}',
         NEAR, "anti-spoof",
     ),
-    "port not in the anti-spoof set of its MAC": (
-        FAR,
-        ELEMENT + 'macs {{ "{db}" . {dbmac} }}',
-        FAR, "anti-spoof",
-    ),
     "neighbours missing": (
         NEAR,
         "ip -n pynet neigh del {db4} dev {b}; ip -n pynet neigh del {db6} dev {b}; "
         + INSIDE + " ip neigh flush dev eth0",
         NEAR, "neighbour",
     ),
-    "neighbour wrong": (
-        NEAR,
-        f"ip -n pynet neigh replace {{db4}} lladdr {WRONG} dev {{b}} nud permanent; "
-        + INSIDE + " ip neigh flush dev eth0",
-        NEAR, "neighbour",
-    ),
     "bridge entry missing": (
         NEAR, "bridge -n pynet fdb del {dbmac} dev {v} master", NEAR, "bridge entry",
-    ),
-    "tunnel entry missing": (
-        NEAR, "bridge -n pynet fdb del {dbmac} dev {v} self", NEAR, "tunnel entry",
     ),
     "tunnel entry to another host": (
         NEAR,
@@ -162,7 +145,6 @@ BREAKS: dict[str, tuple[str, str, str, str]] = {
         FAR, "bridge -n pynet fdb del {webmac} dev {v} self", FAR, "tunnel entry",
     ),
     "VXLAN device down": (NEAR, "ip -n pynet link set {v} down", NEAR, "tunnel device"),
-    "VXLAN device deleted": (FAR, "ip -n pynet link del {v}", FAR, "tunnel device"),
     "guard without the other's VTEP": (
         FAR, "nft delete element inet pynet vteps4 {{ {nearvtep} }}", FAR, "tunnel guard",
     ),
@@ -249,8 +231,8 @@ def test_all_is_well(stage: Stage) -> None:
 
 
 def test_from_the_other_end(stage: Stage) -> None:
-    """The order does not matter, and neither does which of the two is here."""
-    found = stage.trace(stage.db.ip6(stage.network), stage.web.name)
+    """Order does not matter, and a name of another host's container is found."""
+    found = stage.trace(stage.db.name, stage.web.name)
     assert found["reachable"]
     assert found["from"]["host"] == "h1"
 

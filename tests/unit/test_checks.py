@@ -78,6 +78,7 @@ SOUND = [
     ("knocks/h1", Knock(instance="i")),
     ("questions/h1/h2", QUESTION),
     ("questions/h1/h2", Question(id="q")),
+    ("questions/h1/h2", Question(id="q", name="a b (é)")),
     ("answers/h1/h2", ANSWER),
     ("watermarks/h1", Watermark(revision=7)),
     ("networks/n1", NETWORK),
@@ -142,6 +143,7 @@ KEYS = [
 
 VALUES = [
     ("questions/h1/h2", replace(QUESTION, id=""), "id ''"),
+    ("questions/h1/h2", replace(QUESTION, name="x" * 256), "name of"),
     ("questions/h1/h2", replace(QUESTION, endpoint="../e"), "endpoint '../e'"),
     ("answers/h1/h2", replace(ANSWER, hops=(HOP,) * 65), "number of hops"),
     ("answers/h1/h2", Answer(id="q", hops=(replace(HOP, found="\x1b["),)), "found"),

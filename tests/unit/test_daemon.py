@@ -327,6 +327,15 @@ async def test_a_life(short):
     assert list(short.rglob("*.sock")) == []
 
 
+async def test_no_password_in_the_settings(short):
+    """What the daemon tells of its settings has no user or password of the store."""
+    async with rig(short) as parts:
+        given = Settings(docker="", store="etcds://root:hunter22@192.0.2.1:2379")
+        told = Daemon(given, parts.site).info()["settings"]
+    assert told["store"] == "etcds://192.0.2.1:2379"
+    assert "hunter22" not in str(told)
+
+
 @pytest.mark.parametrize(("docker", "said"), [("", "off"), ("unix:///nowhere", "away")])
 async def test_what_the_daemon_knows(short, docker, said):
     """The daemon tells its version, age and doors, and whether Docker answers."""

@@ -110,6 +110,12 @@ CASES = [
     (replace(WELL, docker="20.10.24+dfsg1"), INFO, "no choice of the network", ""),
     (replace(WELL, docker="27.5"), INFO, "--gw-priority", ""),
     (replace(WELL, store=(), away="timed out"), ERROR, "away: timed out", "etcdctl"),
+    (
+        replace(WELL, absent=("192.0.2.103:2379",)),
+        WARNING,
+        "192.0.2.103:2379 takes no connections",
+        "start etcd there",
+    ),
     (replace(WELL, store=(5.0, 300.0, 301.0)), WARNING, "needs 300 ms", "faster disk"),
     (
         replace(WELL, stops={"the way out of network blue (IPv4)": WALL}),

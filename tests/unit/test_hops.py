@@ -186,7 +186,7 @@ CASES = [
     (
         replace(WELL, found=changed(Veth, bridge="")),
         "port",
-        f"{PORT}: bridge is",
+        f"{PORT}: bridge is none and should be {BRIDGE}",
         f"ip -n pynet link set {PORT} master {BRIDGE}",
     ),
     (

@@ -99,6 +99,15 @@ async def test_a_question_is_answered(made):
     assert await made.keys() == []
 
 
+async def test_an_old_answer(made):
+    """An answer to an earlier question is none to this one."""
+    asking, asked = made.ids
+    old = Answer(id="old", hops=(Hop(name="old"),))
+    await made.put(records.answer(asked, asking), old)
+    await made.rigs[0].state.relist()
+    assert await made.asker.ask(asked, Question(id="")) == (GOOD,)
+
+
 async def test_several_at_once(made):
     """Questions to one host take turns, each with its own answer."""
     asked = made.ids[1]

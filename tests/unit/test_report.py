@@ -170,7 +170,7 @@ def test_trace(planted):
     assert all(
         len(line) <= 80 and line.isprintable()
         for line in text.splitlines()
-        if not line.startswith("remedy: ")
+        if not line.startswith("remedy on h1: ")
     )
     assert "!! h1  interface" in text
     code, text = pynet("trace", "10.1.0.2", "10.1.0.3", "--json")

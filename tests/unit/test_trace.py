@@ -1,5 +1,6 @@
 """Who is traced, what other hosts are told, and what a trace makes of what it saw."""
 
+import asyncio
 from dataclasses import replace
 from ipaddress import ip_address, ip_interface
 
@@ -7,8 +8,10 @@ import pytest
 
 from cnmdriver.errors import Conflict, NotFound, StoreError
 from cnmdriver.insight import trace as module
-from cnmdriver.insight.doctor import doctor
-from cnmdriver.insight.trace import Below, Seen, answer, choose, judge, trace
+from cnmdriver.insight.doctor import absent, doctor
+from cnmdriver.insight.pairs import choose
+from cnmdriver.insight.trace import answer, trace
+from cnmdriver.insight.verdict import Below, Seen, judge
 from cnmdriver.model import Endpoint, Hop, Question
 from cnmdriver.plan.sight import Echo, Face, Filters, Inner, Way
 from cnmdriver.store import records
@@ -64,7 +67,7 @@ async def test_two_on_one_host(made):
 )
 async def test_who_is_meant(made, source, target):
     """Names, ids, their starts and addresses mean the same two."""
-    pair = choose(made.site, source, target)
+    pair = await choose(made.site, source, target)
     assert (pair.mine.id, pair.other.id) == (scene.WEB, scene.DB)
 
 
@@ -82,7 +85,7 @@ async def test_who_is_meant(made, source, target):
 async def test_who_is_not(made, source, target, error, said):
     """What is no pair of one network is refused, with the reason."""
     with pytest.raises(error) as refused:
-        choose(made.site, source, target)
+        await choose(made.site, source, target)
     assert said in str(refused.value)
     assert str(refused.value).isprintable()
 
@@ -100,7 +103,7 @@ async def test_a_name_of_several(made):
     key = records.endpoint(third.network, third.id)
     await made.state.commit(lambda draft: draft.put(key, third))
     with pytest.raises(Conflict, match="say which two of"):
-        choose(made.site, "web", "f" * 64)
+        await choose(made.site, "web", "f" * 64)
 
 
 # What follows from what was seen.
@@ -222,6 +225,29 @@ async def test_two_hosts(pair):
     assert [h["name"] for h in found["hops"][-2:]] == ["firewall in", "tunnel guard"]
 
 
+async def test_a_name_of_another_host(pair):
+    """Who is not known by name here is asked for; only the host's own counts."""
+    pair[1].site.names["e3" * 32] = "db"
+    pair[1].site.names["e2" * 32] = "mine"
+    found = await trace(pair[0].site, "10.9.0.2", "db", repairs=True)
+    assert (found["to"]["id"], found["to"]["name"]) == ("e3" * 32, "db")
+    assert found["reachable"]
+    for name in ("mine", "x" * 300, "a\nb"):
+        with pytest.raises(NotFound, match="no endpoint is called"):
+            await trace(pair[0].site, "10.9.0.2", name, repairs=True)
+
+
+async def test_a_name_when_nobody_answers(pair):
+    """A host that does not answer has no endpoint of the name."""
+
+    async def ask(host, question):
+        raise StoreError("silent")
+
+    pair[0].site.ask = ask
+    with pytest.raises(NotFound, match="on a host that answers"):
+        await trace(pair[0].site, "10.9.0.2", "db", repairs=True)
+
+
 async def test_the_other_side_is_broken(pair):
     """What the other host lacks is named as the other host's."""
     key = next(k for k in pair[1].kernel.ops if k[0] == "element" and "vteps4" in k)
@@ -290,6 +316,22 @@ async def test_a_doctor_of_two_hosts(pair):
     assert checks["host h2"]["severity"] == "ok"
     assert checks["leftovers"]["severity"] == "ok"
     assert {f["what"] for f in found["findings"] if f["severity"] == "error"} == set()
+
+
+async def test_members_of_the_store():
+    """Who takes no connections is named; an embedded store has no members."""
+
+    def nothing(reader, writer):
+        writer.close()
+
+    server = await asyncio.start_server(nothing, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    there = f"127.0.0.1:{port}"
+    assert await absent(f"etcd://{there}") == ()
+    server.close()
+    await server.wait_closed()
+    assert await absent(f"etcds://{there},nonsense") == (there, "nonsense")
+    assert await absent("sqlite:///x/store.db") == ()
 
 
 async def test_a_doctor_names_what_stops_a_network(made):
