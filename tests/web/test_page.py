@@ -164,10 +164,11 @@ async def test_a_tunnels_end(shown: Shown, page: Browser) -> None:
 
 
 async def test_the_focus_stays(shown: Shown, page: Browser) -> None:
-    """What happens elsewhere does not take the focus, nor what is chosen."""
+    """What comes and goes before it does not take the focus from an endpoint."""
     await opened(page, shown)
-    await page.ask("document.querySelector('.chip').click()")
-    name = await page.ask("document.querySelector('.chip .label').textContent")
+    chips = "[...document.querySelector('.chips').querySelectorAll('.label')]"
+    first, name, *_ = await page.ask(f"{chips}.map((e) => e.textContent)")
+    await page.ask(f"{chips}[1].closest('button').click()")
     await page.press("Escape")
     assert await focused(page) == f"endpoint {name}"
     shown.rig.site.names[f"{901:064x}"] = "aaa"
@@ -176,6 +177,15 @@ async def test_the_focus_stays(shown: Shown, page: Browser) -> None:
     )
     await page.until(there("aaa"))
     assert await focused(page) == f"endpoint {name}"
+    identity = next(i for i, n in shown.rig.site.names.items() if n == first)
+    await shown.rig.state.commit(
+        lambda draft: draft.delete(f"endpoints/{BLUE}/{identity}")
+    )
+    await page.until(f"!({there(first)})")
+    assert await focused(page) == f"endpoint {name}"
+    listed = await page.ask(f"{chips}.map((e) => e.textContent)")
+    assert listed == sorted(listed)
+    assert listed[:2] == ["aaa", name]
 
 
 async def test_names_are_only_text(shown: Shown, page: Browser) -> None:
@@ -242,6 +252,7 @@ async def test_many(tmp_path: Path, page: Browser) -> None:
             lambda draft: scenes.endpoint(draft, BLUE, scenes.host_id(3), 900)
         )
         await page.until(there("late"), SOON * SLOW)
+        await page.go("about:blank")
 
 
 async def test_a_daemon_that_stops(tmp_path: Path, page: Browser) -> None:
@@ -268,3 +279,4 @@ async def test_nothing_yet(tmp_path: Path, page: Browser) -> None:
             " === 'docker network create -d pynet blue'"
         )
         assert await page.ask("document.querySelector('#tunnels').hidden")
+        await page.go("about:blank")

@@ -28,22 +28,21 @@ function shape(tag, facts) {
  */
 export function keep(parent, things, key, begin, update) {
   const old = parent.children_ ?? new Map();
-  const now = new Map();
+  const now = new Map(things.map((thing) => [key(thing), thing]));
+  // First of all, as an element that is moved loses the focus.
+  for (const [name, gone] of old) if (!now.has(name)) gone.remove();
   let place = parent.firstElementChild;
-  for (const thing of things) {
-    const name = key(thing);
+  for (const [name, thing] of now) {
     let child = old.get(name);
     if (!child) {
       child = begin(thing);
       if (parent.children_) child.classList.add("fresh");
     }
-    old.delete(name);
     update(child, thing);
     now.set(name, child);
     if (child === place) place = place.nextElementSibling;
     else parent.insertBefore(child, place);
   }
-  for (const gone of old.values()) gone.remove();
   parent.children_ = now;
 }
 
