@@ -195,7 +195,9 @@ def line_of(line: Line) -> Json:
     """Return a line of the log as an event, without secrets."""
     own = {"event", "level", "timestamp", "exc_info"}
     facts: Facts = {
-        k: plain(v) for k, v in sorted(line.items()) if k not in own and v is not None
+        k: plain(v)
+        for k, v in sorted(line.items(), key=lambda item: (item[0] != "method", item))
+        if k not in own and v is not None
     }
     name, level = str(line.get("event")), str(line.get("level"))
     return event(name, level, facts, line.get("timestamp"))

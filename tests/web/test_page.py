@@ -2,10 +2,12 @@
 
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from cnmdriver.model import Endpoint
 from tests.web import scenes
 from tests.web.browser import Browser, browser
 from tests.web.scenes import Shown
@@ -96,6 +98,29 @@ async def test_what_changes_shows_at_once(shown: Shown, page: Browser) -> None:
     )
     shown.rig.state.away = None
     await page.until("document.querySelector('#attention').hidden", limit)
+
+
+async def test_calls_of_docker(shown: Shown, page: Browser) -> None:
+    """A call is told in few words, with names that come later, and can be left out."""
+    await opened(page, shown)
+    call = {"event": "api.call", "method": "NetworkDriver.Join", "ms": 12.3}
+    new = "ab" * 32
+    journal = shown.daemon.watching.journal
+    journal(None, "info", {**call, "outcome": "ok", "endpoint": new[:12]})
+    journal(None, "info", {**call, "outcome": "Conflict", "error": "taken by a"})
+    await page.until(there("ababababab" + "ab · ok · 12.3 ms", "#log .facts"))
+    await page.until(there("Conflict · 12.3 ms · taken by a", "#log .error .facts"))
+    shown.rig.site.names[new] = "late"
+
+    def decide(draft):
+        known = draft.view.get(Endpoint, f"endpoints/{BLUE}/{1:064x}")
+        draft.put(f"endpoints/{BLUE}/{new}", replace(known, id=new))
+
+    await shown.rig.state.commit(decide)
+    await page.until(there("late · ok · 12.3 ms", "#log .facts"))
+    await page.ask("document.querySelector('#calls').click()")
+    hidden = "document.querySelector('#log .call').offsetParent === null"
+    await page.until(hidden)
 
 
 async def test_by_keyboard_alone(shown: Shown, page: Browser) -> None:
