@@ -241,7 +241,7 @@ class Found(Collector):
             self.drops = await self.site.dataplane.drops()
         with suppress(DriverError):
             self.outbox = len(await self.site.state.local.pending())
-        self.marks = await topology.marks(self.site)
+        self.marks = await topology.marks(self.site, topology.SHORTLY)
 
     def collect(self) -> Iterable[Metric]:
         """Yield the metrics."""

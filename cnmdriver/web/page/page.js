@@ -66,12 +66,14 @@ async function look() {
     while (stale) {
       stale = false;
       scene = await ask("topology");
+      if (byId("line").className === "amiss") say("well", "● live");
       draw();
       await explain();
       await new Promise((done) => setTimeout(done, PACE));
     }
   } catch {
     say("amiss", "✕ no answer");
+    setTimeout(look, AGAIN);
   } finally {
     looking = false;
   }
