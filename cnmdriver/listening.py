@@ -153,8 +153,8 @@ async def serve_tcp(runner: web.AppRunner, address: str, port: int) -> None:
         await web.TCPSite(runner, address, port).start()
     except OSError as error:
         raise InvalidParameter(
-            f"cannot listen on {address} port {port}: {error.strerror}; stop who has "
-            "it, or choose another port"
+            f"cannot listen on {address} port {port}: "
+            f"{os.strerror(error.errno or 0).lower()}; choose another port"
         ) from None
 
 

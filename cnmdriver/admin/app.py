@@ -27,7 +27,7 @@ from cnmdriver.insight.doctor import doctor
 from cnmdriver.insight.events import Events
 from cnmdriver.insight.explain import explain
 from cnmdriver.insight.status import status
-from cnmdriver.insight.topology import marks, topology
+from cnmdriver.insight.topology import SHORTLY, marks, topology
 from cnmdriver.insight.trace import trace
 from cnmdriver.logs import Journal
 from cnmdriver.model import Endpoint, IPAddress, Pool, Reservation
@@ -148,7 +148,7 @@ async def _hosts(doors: Doors, _: web.Request) -> object:
 
 
 async def _topology(doors: Doors, _: web.Request) -> object:
-    return topology(doors.site, doors.info(), await marks(doors.site))
+    return topology(doors.site, doors.info(), await marks(doors.site, SHORTLY))
 
 
 async def _remove_host(doors: Doors, request: web.Request) -> object:

@@ -23,6 +23,8 @@ GATHER = 0.1
 """Seconds in which news is gathered, once there is some."""
 TICK = 0.4
 """Seconds between two looks at what announces nothing: names, and the store's door."""
+FIRST = 200
+"""So many of the log's latest lines come first."""
 MOST = 64
 """So many may listen at once."""
 KINDS = {
@@ -90,7 +92,7 @@ class Events:
         try:
             known = dict(self.described(bell.drain()))
             count, seen = self.journal.count, self.seen()
-            lines = [line_of(line) for line in self.journal.latest]
+            lines = [line_of(line) for line in self.journal.since(count - FIRST)]
             yield {"events": lines, "changed": True}
             while not self.over:
                 await self.wait(ring)
@@ -195,7 +197,9 @@ def line_of(line: Line) -> Json:
     """Return a line of the log as an event, without secrets."""
     own = {"event", "level", "timestamp", "exc_info"}
     facts: Facts = {
-        k: plain(v) for k, v in sorted(line.items()) if k not in own and v is not None
+        k: plain(v)
+        for k, v in sorted(line.items(), key=lambda item: (item[0] != "method", item))
+        if k not in own and v is not None
     }
     name, level = str(line.get("event")), str(line.get("level"))
     return event(name, level, facts, line.get("timestamp"))

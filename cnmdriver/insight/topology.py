@@ -6,6 +6,7 @@ Each thing has an `id` that no other has, a `label` for people, and a `health`: 
 the sentences of `why`.
 """
 
+import asyncio
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -21,6 +22,8 @@ from cnmdriver.redaction import USERINFO
 from cnmdriver.store import records
 from cnmdriver.store.view import View
 
+SHORTLY = 0.4
+"""Seconds that a picture of the whole waits for the store."""
 WELL, AWAY, AMISS = "well", "away", "amiss"
 
 Info = Mapping[str, object]
@@ -28,13 +31,18 @@ ReadInfo = Callable[[], dict[str, object]]
 """Tells what only the daemon knows of itself."""
 
 
-async def marks(site: Site) -> Mapping[str, int] | None:
-    """Return how far each host's kernel is, None if the store does not say."""
+async def marks(site: Site, patience: float = 5.0) -> Mapping[str, int] | None:
+    """
+    Return how far each host's kernel is.
+
+    None if the store does not say so within `patience` seconds.
+    """
     if site.state.away is not None:
         return None
     try:
-        listing = await site.state.store.read(records.WATERMARKS)
-    except DriverError:
+        async with asyncio.timeout(patience):
+            listing = await site.state.store.read(records.WATERMARKS)
+    except (DriverError, TimeoutError):
         return None
     listed = View()
     listed.replace(listing.items.items(), listing.revision)

@@ -21,7 +21,7 @@ from cnmdriver.driver.site import Site
 from cnmdriver.errors import DriverError, Exhausted, NotFound, StoreError
 from cnmdriver.insight.events import Events
 from cnmdriver.insight.explain import explain
-from cnmdriver.insight.topology import ReadInfo, marks, topology
+from cnmdriver.insight.topology import SHORTLY, ReadInfo, marks, topology
 from cnmdriver.streaming import stream
 
 LIMIT = 10.0
@@ -101,8 +101,7 @@ async def _metrics(doors: Doors, _: web.Request) -> web.StreamResponse:
 
 
 async def _topology(doors: Doors, _: web.Request) -> web.StreamResponse:
-    async with asyncio.timeout(LIMIT):
-        known = await marks(doors.site)
+    known = await marks(doors.site, SHORTLY)
     return web.json_response(topology(doors.site, doors.info(), known))
 
 

@@ -19,6 +19,7 @@ from prometheus_client import (
     Gauge,
     Histogram,
     Info,
+    disable_created_metrics,
     generate_latest,
 )
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -44,6 +45,9 @@ QUICK = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5
 
 
 DOORS = ("store", "kernel")
+
+# When each began to be counted would double the lines, and Prometheus has no use of it.
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
 class Metrics(Watching):
@@ -237,7 +241,7 @@ class Found(Collector):
             self.drops = await self.site.dataplane.drops()
         with suppress(DriverError):
             self.outbox = len(await self.site.state.local.pending())
-        self.marks = await topology.marks(self.site)
+        self.marks = await topology.marks(self.site, topology.SHORTLY)
 
     def collect(self) -> Iterable[Metric]:
         """Yield the metrics."""

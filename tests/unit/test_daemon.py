@@ -19,6 +19,7 @@ import structlog
 from cnmdriver import daemon, listening
 from cnmdriver.daemon import Daemon
 from cnmdriver.errors import InvalidParameter, StoreError
+from cnmdriver.logs import Journal, Repeats
 from cnmdriver.settings import Settings
 from cnmdriver.store.etcd.store import EtcdStore
 from cnmdriver.store.sqlite import SqliteStore
@@ -255,6 +256,9 @@ def test_run_says_why(name, short, capsys, given, text):
     assert daemon.run(replace(settings(short), **given)) == daemon.BUSY == 2
     *_, line = capsys.readouterr().err.splitlines()
     assert line.startswith("pynet: " + text.format(short))
+    kinds = [type(each) for each in structlog.get_config()["processors"]]
+    # Who looks at the log later sees what is in it, no more.
+    assert kinds.index(Repeats) < kinds.index(Journal)
 
 
 async def test_another_has_the_store(name, short, monkeypatch):

@@ -151,6 +151,17 @@ async def test_a_flood_is_one_piece(made, events, journal):
     await follow.aclose()
 
 
+async def test_not_all_of_before(events, journal):
+    """Of the lines of before only the latest come."""
+    for number in range(module.FIRST + 7):
+        journal(None, "info", {"event": "e", "number": number})
+    follow = events.follow()
+    first = await anext(follow)
+    numbers = [e["facts"]["number"] for e in first["events"]]
+    assert numbers == list(range(7, module.FIRST + 7))
+    await follow.aclose()
+
+
 async def test_who_left_costs_nothing(made, events, journal):
     """What is kept for a listener goes with it."""
     feeds = len(made.site.view.feeds)

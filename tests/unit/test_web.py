@@ -210,17 +210,27 @@ async def test_explain(shown, client):
 
 
 async def test_a_store_that_hangs(shown, client, monkeypatch):
-    """A store that does not answer in time is an error that says so, not a wait."""
-    monkeypatch.setattr(module, "LIMIT", 0.1)
+    """A store that does not answer keeps nothing else from being shown, at once."""
 
     async def hang(prefix):
         await asyncio.sleep(60)
 
     monkeypatch.setattr(shown.rig.state.store, "read", hang)
-    for path in ("topology", "metrics"):
-        async with client.get(f"{shown.url}/{path}") as answer:
-            assert answer.status == 503
-            assert "did not end within 0.1 s" in (await answer.json())["error"]
+    async with asyncio.timeout(8), client.get(f"{shown.url}/topology") as answer:
+        assert [h["behind"] for h in (await answer.json())["hosts"]] == [None]
+    async with asyncio.timeout(8):
+        found = await measured(client, shown)
+    assert found["pynet_hosts", ("state", "alive")] == 1
+    assert ("pynet_host_endpoints_behind", ("host", "h1")) not in found
+
+
+async def test_a_kernel_that_hangs(shown, client, monkeypatch):
+    """What does not answer in time is an error that says so, not a wait."""
+    monkeypatch.setattr(module, "LIMIT", 0.1)
+    shown.rig.kernel.drops = lambda: asyncio.sleep(60)
+    async with client.get(f"{shown.url}/metrics") as answer:
+        assert answer.status == 503
+        assert "did not end within 0.1 s" in (await answer.json())["error"]
 
 
 async def test_events_as_they_come(shown, client):

@@ -2,10 +2,12 @@
 
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from cnmdriver.model import Endpoint
 from tests.web import scenes
 from tests.web.browser import Browser, browser
 from tests.web.scenes import Shown
@@ -98,6 +100,29 @@ async def test_what_changes_shows_at_once(shown: Shown, page: Browser) -> None:
     await page.until("document.querySelector('#attention').hidden", limit)
 
 
+async def test_calls_of_docker(shown: Shown, page: Browser) -> None:
+    """A call is told in few words, with names that come later, and can be left out."""
+    await opened(page, shown)
+    call = {"event": "api.call", "method": "NetworkDriver.Join", "ms": 12.3}
+    new = "ab" * 32
+    journal = shown.daemon.watching.journal
+    journal(None, "info", {**call, "outcome": "ok", "endpoint": new[:12]})
+    journal(None, "info", {**call, "outcome": "Conflict", "error": "taken by a"})
+    await page.until(there("ababababab" + "ab · ok · 12.3 ms", "#log .facts"))
+    await page.until(there("Conflict · 12.3 ms · taken by a", "#log .error .facts"))
+    shown.rig.site.names[new] = "late"
+
+    def decide(draft):
+        known = draft.view.get(Endpoint, f"endpoints/{BLUE}/{1:064x}")
+        draft.put(f"endpoints/{BLUE}/{new}", replace(known, id=new))
+
+    await shown.rig.state.commit(decide)
+    await page.until(there("late · ok · 12.3 ms", "#log .facts"))
+    await page.ask("document.querySelector('#calls').click()")
+    hidden = "document.querySelector('#log .call').offsetParent === null"
+    await page.until(hidden)
+
+
 async def test_by_keyboard_alone(shown: Shown, page: Browser) -> None:
     """
     All can be reached and read without a mouse.
@@ -164,10 +189,11 @@ async def test_a_tunnels_end(shown: Shown, page: Browser) -> None:
 
 
 async def test_the_focus_stays(shown: Shown, page: Browser) -> None:
-    """What happens elsewhere does not take the focus, nor what is chosen."""
+    """What comes and goes before it does not take the focus from an endpoint."""
     await opened(page, shown)
-    await page.ask("document.querySelector('.chip').click()")
-    name = await page.ask("document.querySelector('.chip .label').textContent")
+    chips = "[...document.querySelector('.chips').querySelectorAll('.label')]"
+    first, name, *_ = await page.ask(f"{chips}.map((e) => e.textContent)")
+    await page.ask(f"{chips}[1].closest('button').click()")
     await page.press("Escape")
     assert await focused(page) == f"endpoint {name}"
     shown.rig.site.names[f"{901:064x}"] = "aaa"
@@ -176,6 +202,15 @@ async def test_the_focus_stays(shown: Shown, page: Browser) -> None:
     )
     await page.until(there("aaa"))
     assert await focused(page) == f"endpoint {name}"
+    identity = next(i for i, n in shown.rig.site.names.items() if n == first)
+    await shown.rig.state.commit(
+        lambda draft: draft.delete(f"endpoints/{BLUE}/{identity}")
+    )
+    await page.until(f"!({there(first)})")
+    assert await focused(page) == f"endpoint {name}"
+    listed = await page.ask(f"{chips}.map((e) => e.textContent)")
+    assert listed == sorted(listed)
+    assert listed[:2] == ["aaa", name]
 
 
 async def test_names_are_only_text(shown: Shown, page: Browser) -> None:
@@ -242,6 +277,7 @@ async def test_many(tmp_path: Path, page: Browser) -> None:
             lambda draft: scenes.endpoint(draft, BLUE, scenes.host_id(3), 900)
         )
         await page.until(there("late"), SOON * SLOW)
+        await page.go("about:blank")
 
 
 async def test_a_daemon_that_stops(tmp_path: Path, page: Browser) -> None:
@@ -268,3 +304,4 @@ async def test_nothing_yet(tmp_path: Path, page: Browser) -> None:
             " === 'docker network create -d pynet blue'"
         )
         assert await page.ask("document.querySelector('#tunnels').hidden")
+        await page.go("about:blank")

@@ -28,22 +28,21 @@ function shape(tag, facts) {
  */
 export function keep(parent, things, key, begin, update) {
   const old = parent.children_ ?? new Map();
-  const now = new Map();
+  const now = new Map(things.map((thing) => [key(thing), thing]));
+  // First of all, as an element that is moved loses the focus.
+  for (const [name, gone] of old) if (!now.has(name)) gone.remove();
   let place = parent.firstElementChild;
-  for (const thing of things) {
-    const name = key(thing);
+  for (const [name, thing] of now) {
     let child = old.get(name);
     if (!child) {
       child = begin(thing);
       if (parent.children_) child.classList.add("fresh");
     }
-    old.delete(name);
     update(child, thing);
     now.set(name, child);
     if (child === place) place = place.nextElementSibling;
     else parent.insertBefore(child, place);
   }
-  for (const gone of old.values()) gone.remove();
   parent.children_ = now;
 }
 
@@ -97,7 +96,9 @@ export function drawTunnels(scene) {
   byId("tunnels").hidden = ends.length < 2;
   const svg = document.querySelector("#tunnels svg");
   const many = ends.length > MANY;
-  const [width, height, rim] = [960, many ? 480 : 250, many ? 150 : 96];
+  const [width, height, rim] = [
+    960, many ? 480 : ends.length > 2 ? 250 : 110, many ? 150 : 96,
+  ];
   svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
   svg.classList.toggle("many", many);
   const places = new Map(ends.map((host, number) => {
@@ -370,18 +371,48 @@ const FACTS = {
 // Events, the latest on top.
 
 const LONGEST = 300;
+const LATE = 40; // events that may be about things whose names come later
 const LEVELS = { warning: "!", error: "✕", change: "•" };
 
 export function drawEvents(scene, events) {
   const log = byId("log");
   for (const event of events) {
-    const call = event.event === "api.call" ? " call" : "";
-    const item = make("li", event.level + call,
-      make("time", "", clock(event.at)), make("b", "", LEVELS[event.level] ?? ""),
-      make("span", "name", event.event), make("span", "facts", facts(scene, event)));
+    const { name, level, told } = wording(scene, event);
+    const item = make("li", level + (event.event === "api.call" ? " call" : ""),
+      make("time", "", clock(event.at)), make("b", "", LEVELS[level] ?? ""),
+      make("span", "name", name), make("span", "facts", told));
+    item.event_ = event;
     log.prepend(item);
   }
   while (log.childElementCount > LONGEST) log.lastElementChild.remove();
+}
+
+/** Name things in the latest events anew: Docker tells a name after the event. */
+export function drawNames(scene) {
+  for (const item of [...byId("log").children].slice(0, LATE)) {
+    say(item, { facts: wording(scene, item.event_).told });
+  }
+}
+
+function wording(scene, event) {
+  return event.event === "api.call" ? call(scene, event.facts)
+    : { name: event.event, level: event.level, told: facts(scene, event) };
+}
+
+/** Tell of a call of Docker in few words. */
+function call(scene, { method = "", outcome, ms, error = "", network, endpoint, ...rest }) {
+  const of = (things, id, own) => id
+    && ([...(things?.values() ?? [])].find((t) => own(t).startsWith(id))?.label ?? id);
+  const told = [
+    of(scene?.endpoint, endpoint, (t) => t.id),
+    of(scene?.network, network, (t) => t.docker_id),
+    ...Object.values(rest), outcome, `${ms} ms`, error,
+  ];
+  return {
+    name: method.split(".").pop(),
+    level: ["ok", "absent"].includes(outcome) ? "info" : "error",
+    told: told.filter(Boolean).join(" · "),
+  };
 }
 
 function clock(at) {

@@ -1,7 +1,8 @@
 // What is shown, and when: the daemon says what happens, and the page asks how it is.
 
 import {
-  byId, colours, drawDetail, drawEvents, drawHead, drawHosts, drawNetworks, drawTunnels,
+  byId, colours, drawDetail, drawEvents, drawHead, drawHosts, drawNames, drawNetworks,
+  drawTunnels,
 } from "./drawing.js";
 
 const PACE = 200; // milliseconds between two looks at the whole
@@ -45,6 +46,7 @@ function draw() {
   drawTunnels(scene);
   drawHosts(scene);
   drawDetail(scene, thing(), commands);
+  drawNames(scene);
   for (const group of document.querySelectorAll(".walk")) rove(group);
 }
 
@@ -64,12 +66,14 @@ async function look() {
     while (stale) {
       stale = false;
       scene = await ask("topology");
+      if (byId("line").className === "amiss") say("well", "● live");
       draw();
       await explain();
       await new Promise((done) => setTimeout(done, PACE));
     }
   } catch {
     say("amiss", "✕ no answer");
+    setTimeout(look, AGAIN);
   } finally {
     looking = false;
   }
