@@ -305,7 +305,7 @@ without_block() { # path [file]: without pynet's block, and with another at the 
 tell_neighbours() {
     if ! runs_systemd; then return; fi
     systemctl daemon-reload
-    udevadm control --reload
+    if is_active systemd-udevd; then udevadm control --reload; fi
     if is_active systemd-networkd; then networkctl reload; fi
     if is_active NetworkManager; then nmcli general reload conf; fi
     if is_active dhcpcd; then systemctl restart dhcpcd; fi

@@ -52,15 +52,15 @@ docker import --change 'CMD ["sh"]' - box </root/image.tar >/dev/null
     host.until(f"ip -4 addr | grep -q 192.0.2.{number}")
 
 
-def one(directory: Path, disk: Path) -> None:
+def one(directory: Path, system: Path) -> None:
     """One guest: installed, booted anew, beside its neighbours, and removed."""
-    with emulated(directory, "one", 1, "user,restrict=on", disk) as host:
+    with emulated(directory, "one", 1, "user,restrict=on", system) as host:
         alone(host)
 
 
-def booted_one(directory: Path, disk: Path) -> None:
+def booted_one(directory: Path, system: Path) -> None:
     """Do the same in namespaces."""
-    with cable() as wire, booted(directory, "one", wire, disk) as host:
+    with cable() as wire, booted(directory, "one", wire, system) as host:
         alone(host)
 
 
@@ -229,24 +229,24 @@ def removed(host: Guest, before: str) -> None:
     expect((gone, more), (set(), set()))
 
 
-def two(directory: Path, disk: Path) -> None:
+def two(directory: Path, system: Path) -> None:
     """Two guests are two hosts of a cluster; their containers reach each other."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         wire = f"127.0.0.1:{probe.getsockname()[1]}"
     with (
-        emulated(directory, "h1", 1, f"socket,listen={wire}", disk) as first,
-        emulated(directory, "h2", 2, f"socket,connect={wire}", disk) as second,
+        emulated(directory, "h1", 1, f"socket,listen={wire}", system) as first,
+        emulated(directory, "h2", 2, f"socket,connect={wire}", system) as second,
     ):
         together(first, second)
 
 
-def booted_two(directory: Path, disk: Path) -> None:
+def booted_two(directory: Path, system: Path) -> None:
     """Do the same in namespaces."""
     with (
         cable() as wire,
-        booted(directory, "h1", wire, disk) as first,
-        booted(directory, "h2", wire, disk) as second,
+        booted(directory, "h1", wire, system) as first,
+        booted(directory, "h2", wire, system) as second,
     ):
         together(first, second)
 
@@ -292,12 +292,12 @@ STORIES: dict[str, Callable[[Path, Path], None]] = {
 def main(names: list[str]) -> int:
     """Run stories; return the exit code."""
     cache = Path(os.environ.get("PYNET_VM_DIR", "/var/cache/pynet-vm"))
-    disk = image.made(cache)
-    step(f"{disk} is made")
+    system = image.made(cache)
+    step(f"{system} is made")
     for name in names or STORIES:
         with tempfile.TemporaryDirectory() as directory:
             try:
-                STORIES[name](Path(directory), disk)
+                STORIES[name](Path(directory), system)
             except Failed as error:
                 print(f"FAILED {name}: {error}")
                 for console in Path(directory).glob("*.console"):

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.vm.image import GROUP, disk_of
+
 BOOT = 600.0
 """Seconds for a boot without KVM on a busy machine."""
 MEMORY = "1536"
@@ -119,7 +121,7 @@ class Booted(Guest):
             time.sleep(0.5)
             self.leader = int((children.read_text().split() or ["0"])[0])
             # Each boot has a new end of the cable.
-            plug = ("link", "set", f"w-{self.name}", "up", "master", "br")
+            plug = ("link", "set", f"w-{self.name}", "up", "master", "bridge0")
             words = ("ip", "-n", self.wire, *plug)
             subprocess.run(words, check=False, capture_output=True)
 
@@ -140,7 +142,7 @@ class Booted(Guest):
 
 
 @contextlib.contextmanager
-def booted(directory: Path, name: str, wire: str, disk: Path) -> Iterator[Guest]:
+def booted(directory: Path, name: str, wire: str, system: Path) -> Iterator[Guest]:
     """Boot a machine on a wire, a network namespace; what it writes is forgotten."""
     place, console = directory / name, directory / f"{name}.console"
     upper, work = (place / part for part in ("upper", "work"))
@@ -152,7 +154,7 @@ def booted(directory: Path, name: str, wire: str, disk: Path) -> Iterator[Guest]
         stack.callback(unmount, place)
         for part in (upper, work, root):
             part.mkdir()
-        layers = f"lowerdir={disk.parent / 'root'},upperdir={upper},workdir={work}"
+        layers = f"lowerdir={system},upperdir={upper},workdir={work}"
         mount("-t", "overlay", "-o", layers, "overlay", str(root))
         stack.callback(unmount, root)
         argv = [
@@ -160,12 +162,14 @@ def booted(directory: Path, name: str, wire: str, disk: Path) -> Iterator[Guest]
             *("systemd-nspawn", "--boot", "--register=no", "--keep-unit"),
             *("--private-network", f"--network-veth-extra=w-{name}:eth0"),
             *("--capability=all", "--link-journal=no", f"--machine={name}"),
-            *("--bind=/dev/fuse", f"--directory={root}"),
+            # For Docker's containers.
+            *("--system-call-filter=@keyring bpf", f"--directory={root}"),
         ]
         log = stack.enter_context(console.open("wb"))
         process = subprocess.Popen(
             argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log
         )
+        stack.callback(clear_groups)
         stack.callback(ended, process)
         made = Booted(name, process, console, wire)
         made.up()
@@ -178,7 +182,7 @@ def cable() -> Iterator[str]:
     name = f"pynet-vm-{os.getpid()}"
     subprocess.run(["ip", "netns", "add", name], check=True)
     try:
-        for words in ("add br type bridge", "set br up"):
+        for words in ("add bridge0 type bridge", "set bridge0 up"):
             link = ["ip", "-n", name, "link", *words.split()]
             subprocess.run(link, check=True)
         yield name
@@ -196,6 +200,15 @@ def unmount(place: Path) -> None:
     subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
+def clear_groups() -> None:
+    """Remove what Docker made of control groups, which are this machine's."""
+    for top in Path("/sys/fs/cgroup").glob(f"*{GROUP}"):
+        for group in sorted(top.rglob("*"), reverse=True):
+            if group.is_dir():
+                group.rmdir()
+        top.rmdir()
+
+
 def ended(process: subprocess.Popen[bytes]) -> None:
     """Switch a machine off."""
     process.terminate()
@@ -208,10 +221,10 @@ def ended(process: subprocess.Popen[bytes]) -> None:
 
 @contextlib.contextmanager
 def emulated(
-    directory: Path, name: str, number: int, wire: str, disk: Path
+    directory: Path, name: str, number: int, wire: str, system: Path
 ) -> Iterator[Guest]:
     """Boot a guest with a cable; what it writes is forgotten in the end."""
-    boot = disk.parent / "root" / "boot"
+    boot, disk = system / "boot", disk_of(system)
     kernel, initrd = (next(boot.glob(f"{p}-*")) for p in ("vmlinuz", "initrd.img"))
     path, console = directory / f"{name}.ctl", directory / f"{name}.console"
     argv = [

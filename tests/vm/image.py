@@ -26,6 +26,8 @@ iptables nftables docker.io firewalld etcd-server etcd-client iputils-ping linux
 MODULES = "virtio_pci virtio_blk ext4"
 """What the first file system needs; the rest is loaded from the disk."""
 SIZE = "4G"
+GROUP = "/pynet-vm"
+"""The control group of containers: in namespaces it is this machine's."""
 UNIT = """
 [Unit]
 Description=What the test asks for
@@ -39,6 +41,21 @@ RestartSec=1
 [Install]
 WantedBy=sysinit.target
 """
+CGROUPS = """
+[Unit]
+Description=Control groups that Docker may write to
+ConditionVirtualization=container
+Before=docker.service
+[Service]
+Type=oneshot
+ExecStart=/bin/sh -c 'for each in /sys/fs/cgroup/*; do mount -o remount,bind,rw $each; done; true'
+[Install]
+WantedBy=docker.service
+"""
+"""systemd-nspawn leaves those of version 1 for reading."""
+DOCKER = f"""
+{{"cgroup-parent": "{GROUP}"}}
+"""
 WIRE = """
 [Match]
 Name=e*
@@ -48,16 +65,22 @@ LinkLocalAddressing=ipv6
 
 
 def made(directory: Path) -> Path:
-    """Return the disk in a directory, made or brought up to date."""
+    """Return the root file system in a directory, made or brought up to date."""
     root = directory / "root"
     if not (directory / "whole").exists():
         debootstrap(directory, root)
         (directory / "whole").touch()
-    disk = directory / "disk.img"
-    if disk.exists() and os.environ.get("PYNET_VM_KEEP"):
+    if not os.environ.get("PYNET_VM_KEEP"):
+        furnish(root)
+        (directory / "disk.img").unlink(missing_ok=True)
+    return root
+
+
+def disk_of(root: Path) -> Path:
+    """Return the disk that QEMU boots, made of the root file system if need be."""
+    disk = root.parent / "disk.img"
+    if disk.exists():
         return disk
-    furnish(root)
-    disk.unlink(missing_ok=True)
     run("mke2fs", "-q", "-t", "ext4", "-d", str(root), str(disk), SIZE)
     return disk
 
@@ -104,7 +127,10 @@ def furnish(root: Path) -> None:
     shutil.copy(Path(__file__).with_name("agent.py"), root / "root/agent.py")
     (root / "etc/systemd/system/agent.service").write_text(UNIT)
     (root / "etc/systemd/network/80-wire.network").write_text(WIRE)
-    units = ("agent", "systemd-networkd", "docker")
+    (root / "etc/systemd/system/cgroups.service").write_text(CGROUPS)
+    (root / "etc/docker").mkdir(exist_ok=True)
+    (root / "etc/docker/daemon.json").write_text(DOCKER)
+    units = ("agent", "cgroups", "systemd-networkd", "docker")
     run("chroot", str(root), "systemctl", "--quiet", "enable", *units)
     off = ("etcd", "firewalld", "systemd-networkd-wait-online", "apt-daily.timer")
     run("chroot", str(root), "systemctl", "--quiet", "disable", *off)
