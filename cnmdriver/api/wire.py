@@ -57,9 +57,9 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, rename=docker_name):
 Id = Annotated[str, Meta(max_length=128, pattern=r"\A[A-Za-z0-9_.-]+\Z")]
 PoolId = Annotated[str, Meta(max_length=256, pattern=r"\A[A-Za-z0-9_.:/-]+\Z")]
 Space = Annotated[str, Meta(max_length=128, pattern=r"\A[A-Za-z0-9_.-]*\Z")]
-Sandbox = Annotated[str, Meta(max_length=1024, pattern=r"\A/[^\x00-\x1f\x7f]+\Z")]
+Sandbox = Annotated[str, Meta(max_length=1024, pattern=r"\A/[^\x00-\x1f\x7f-\x9f]+\Z")]
 Address = Annotated[str, Meta(max_length=64)]
-Name = Annotated[str, Meta(max_length=255, pattern=r"\A[^\x00-\x1f\x7f]*\Z")]
+Name = Annotated[str, Meta(max_length=255, pattern=r"\A[^\x00-\x1f\x7f-\x9f]*\Z")]
 Word = Annotated[str, Meta(max_length=_LONGEST)]
 ProtocolNumber = Annotated[int, Meta(ge=0, le=255)]
 ContainerPort = Annotated[int, Meta(ge=1, le=65535)]
@@ -316,14 +316,14 @@ class CreateEndpoint(SandboxRequest, frozen=True, kw_only=True):
     def ipv4(self) -> IPv4Interface | None:
         """Return the IPv4 address."""
         text = self.interface.address if self.interface else ""
-        return _interface(text, "Interface.Address", IPv4Interface) if text else None
+        return _own(text, "Interface.Address", IPv4Interface) if text else None
 
     def ipv6(self) -> IPv6Interface | None:
         """Return the IPv6 address."""
         text = self.interface.address_ipv6 if self.interface else ""
         if not text:
             return None
-        return _interface(text, "Interface.AddressIPv6", IPv6Interface)
+        return _own(text, "Interface.AddressIPv6", IPv6Interface)
 
     def mac(self) -> str:
         """Return the MAC address the user wants, in lower case; "" is any."""
@@ -552,6 +552,17 @@ def _interface(text: str, name: str, kind: type[A]) -> A:
     if not _PREFIXED.match(text):
         raise InvalidParameter(f"{name} must be {example}, not {_shown(text)}")
     return _parsed(kind, text, name, example)
+
+
+def _own(text: str, name: str, kind: type[A]) -> A:
+    """Read an address that a single host can have, with its prefix length."""
+    found = _interface(text, name, kind)
+    ip = found.ip
+    if ip.is_multicast or ip.is_loopback or ip.is_unspecified:
+        raise InvalidParameter(
+            f"{name} {found} is no address for a container; choose another --subnet"
+        )
+    return found
 
 
 def _network(text: str, name: str, version: int) -> IPNetwork:

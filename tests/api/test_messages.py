@@ -749,3 +749,27 @@ async def test_body_is_read_as_utf_8(docker, networks):
     reply = await docker.post(f"/{JOIN}", body)
     assert reply.status == 400
     assert networks.calls == []
+
+
+@pytest.mark.parametrize(
+    ("field", "text"),
+    [
+        ("Address", "224.0.0.2/24"),
+        ("Address", "127.1.0.2/24"),
+        ("Address", "0.0.0.0/24"),
+        ("AddressIPv6", "ff00::2/64"),
+        ("AddressIPv6", "::1/64"),
+    ],
+)
+async def test_an_address_that_no_host_has(docker, networks, field, text):
+    """Such an endpoint is refused: no host could read its record."""
+    request = sound(ENDPOINT_CALL, Interface={field: text})
+    said = await refused(docker, networks, ENDPOINT_CALL, request)
+    assert said.startswith(f"Interface.{field} {text} is no address for a container")
+
+
+@pytest.mark.parametrize("text", ["/run/\x85", "/run/\x9b1m"])
+async def test_control_characters_in_a_sandbox_key(docker, networks, text):
+    """A terminal takes some characters above ASCII for commands as well."""
+    said = await refused(docker, networks, JOIN, sound(JOIN, SandboxKey=text))
+    assert "`$.SandboxKey`" in said
