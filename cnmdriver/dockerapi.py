@@ -57,15 +57,23 @@ class DockerApi:
                 f"docker at {self.path} does not answer: {error!r}"
             ) from error
 
-    async def inventory(self, driver: str) -> Inventory:
-        """List networks and endpoints; those of `driver` with their containers."""
+    async def inventory(
+        self, driver: str, ours: frozenset[str] = frozenset()
+    ) -> Inventory:
+        """
+        List networks and endpoints; those of `driver` with their containers.
+
+        So are the networks with the ids `ours`: a managed plugin's networks have its
+        name, which anybody may choose.
+        """
         try:
             async with self.session() as session:
                 listed = await self.get(session, "/networks")
                 details = [
                     await self.get(session, f"/networks/{n['Id']}")
                     for n in listed
-                    if str(n.get("Driver", "")).split(":")[0] == driver
+                    if n["Id"] in ours
+                    or str(n.get("Driver", "")).split(":")[0] == driver
                 ]
             return inventory(listed, [d for d in details if d])
         except (AttributeError, LookupError, TypeError, ValueError) as error:

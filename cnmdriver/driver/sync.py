@@ -365,7 +365,8 @@ class Sync:
             async for _ in events:
                 # What happens meanwhile comes as one event more.
                 await asyncio.sleep(SETTLE)
-                self.learn(await docker.inventory(driver))
+                ours = frozenset(m.docker_id for m in self.site.members())
+                self.learn(await docker.inventory(driver, ours))
 
     def learn(self, inventory: Inventory) -> None:
         """Take in what Docker has."""

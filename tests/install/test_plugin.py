@@ -64,7 +64,8 @@ def test_the_life_of_a_plugin(lab: Lab, scene: PluginScene) -> None:
     2. An overlay and a bridge network, two containers on each, published ports.
     3. It cannot be disabled, nor set, while networks use it.
     4. dockerd is restarted: a container that shall restart comes back by itself.
-    5. It is disabled by force, removed, built and enabled again, under traffic.
+    5. Its process is killed; then it is disabled by force, removed, built and enabled
+       again, under traffic.
     6. Networks and plugin are removed.
 
     Result: all is reached throughout, no packet is lost while the plugin is away, and
@@ -94,6 +95,9 @@ def test_the_life_of_a_plugin(lab: Lab, scene: PluginScene) -> None:
         traffic.ping(clients[0], web.ip(), "overlay")
         traffic.ping(clients[1], near.ip(), "bridge")
         with traffic.unharmed():
+            killed = daemon(host)
+            host.exec("pkill", "-KILL", "-f", "pynet serve$")
+            assert eventually(lambda: not killed.exists() and processes(host), 60.0)
             remove(host)
             assert processes(host) == []
             create(host)

@@ -215,6 +215,12 @@ async def test_asks_for_another_driver(docker, api):
     assert docker.asked == ["/networks"]
 
 
+async def test_asks_for_networks_of_a_plugin_with_any_name(docker, api):
+    """A managed plugin has a name of the user's: its networks are known by their ids."""
+    found = await api.inventory("other", frozenset({RED, BLUE}))
+    assert found.endpoints == WHOLE.endpoints
+
+
 async def test_network_goes_meanwhile(docker, api):
     """A network that is removed between the two questions has no endpoints."""
     del docker.answers[f"/networks/{RED}"]
