@@ -20,7 +20,7 @@ from tests.install.base import INSIDE, write_base
 ROOT = Path(__file__).parents[2]
 BASE = "base"
 NAME = "pynet"
-SLOW = 300.0
+SLOW = 600.0
 """Seconds for a build on a machine that has other work."""
 
 

@@ -17,7 +17,7 @@ pytestmark = [
     pytest.mark.dockerd,
     pytest.mark.etcd,
     pytest.mark.slow,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1200),
 ]
 
 

@@ -11,6 +11,7 @@ from cnmdriver.lab.lab import Lab
 from tests.dockerd.cluster import census, etcdctl
 from tests.dockerd.tools import Container, eventually
 from tests.faults.streams import Traffic
+from tests.install.image import NAME as IMAGE
 from tests.install.plugins import (
     NAME,
     PluginScene,
@@ -28,7 +29,7 @@ pytestmark = [
     pytest.mark.dockerd,
     pytest.mark.etcd,
     pytest.mark.slow,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1200),
 ]
 RIGHTS = 1 << 10 | 1 << 12 | 1 << 13 | 1 << 21
 SUBNET = ("--ipam-driver", NAME, "--subnet", "10.120.0.0/24")
@@ -50,10 +51,9 @@ def scene(lab: Lab) -> Iterator[PluginScene]:
         yield made
 
 
-def daemon(host: Host) -> Path:
-    """Return what /proc has of the plugin's daemon."""
-    pids = host.exec("pgrep", "-f", "pynet serve$").stdout.split()
-    return Path(str(host.socket(f"/proc/{pids[-1]}")))
+def daemon(host: Host) -> str:
+    """Return the process id that the plugin's daemon has on the host."""
+    return host.exec("pgrep", "-f", "pynet serve$").stdout.split()[-1]
 
 
 def test_the_life_of_a_plugin(lab: Lab, scene: PluginScene) -> None:
@@ -63,9 +63,9 @@ def test_the_life_of_a_plugin(lab: Lab, scene: PluginScene) -> None:
     1. It is built, set and enabled; its daemon has the unit's capabilities.
     2. An overlay and a bridge network, two containers on each, published ports.
     3. It cannot be disabled, nor set, while networks use it.
-    4. dockerd is restarted: a container that shall restart comes back by itself.
-    5. Its process is killed; then it is disabled by force, removed, built and enabled
+    4. Its process is killed; then it is disabled by force, removed, built and enabled
        again, under traffic.
+    5. The host loses its power: containers that shall restart come back by themselves.
     6. Networks and plugin are removed.
 
     Result: all is reached throughout, no packet is lost while the plugin is away, and
@@ -75,12 +75,12 @@ def test_the_life_of_a_plugin(lab: Lab, scene: PluginScene) -> None:
     before = mounts(host)
     create(host)
     enable(host, "PYNET_LOG_LEVEL=debug")
-    status = (daemon(host) / "status").read_text().splitlines()
+    status = host.exec("cat", f"/proc/{daemon(host)}/status").stdout.splitlines()
     shown = next(line for line in status if line.startswith("CapEff"))
     assert int(shown.split()[1], 16) == RIGHTS
 
     wide, plain = scene.network(*SUBNET), scene.network(*PLAIN)
-    web = scene.run(wide, "-p", "8080:80")
+    web = scene.run(wide, "-p", "8080:80", "--restart=always")
     near = scene.run(plain, "-p", "8081:80", "--restart=always")
     clients = [scene.run(wide), scene.run(plain)]
     scene.serve(web, 80)
@@ -95,8 +95,8 @@ def test_the_life_of_a_plugin(lab: Lab, scene: PluginScene) -> None:
         traffic.ping(clients[0], web.ip(), "overlay")
         traffic.ping(clients[1], near.ip(), "bridge")
         with traffic.unharmed():
-            killed = daemon(host)
-            host.exec("pkill", "-KILL", "-f", "pynet serve$")
+            killed = host.socket(f"/proc/{daemon(host)}")
+            host.exec("kill", "-KILL", killed.name)
             assert eventually(lambda: not killed.exists() and processes(host), 60.0)
             remove(host)
             assert processes(host) == []
@@ -106,12 +106,16 @@ def test_the_life_of_a_plugin(lab: Lab, scene: PluginScene) -> None:
     reaches(scene, web, clients[0], 8080)
     found = json.loads(pynet(host, "status", "--json"))
     assert found["well"], found
+    asking = ("--volume=/run/pynet:/run/pynet", "--entrypoint=pynet", IMAGE)
+    said = host.docker("run", "--rm", *asking, "status")
+    assert said.stdout.startswith("pynet   well")
 
-    host.stop_dockerd()
-    host.start_dockerd()
-    assert eventually(lambda: near.look().state["State"]["Running"], 60.0)
-    scene.serve(near, 80)
-    assert scene.outside.tcp(str(host.address4), 8081) is not None
+    host.power_cut()
+    host.power_on()
+    for box, port in ((web, 8080), (near, 8081)):
+        assert eventually(lambda box=box: box.look().state["State"]["Running"], 60.0)
+        scene.serve(box, 80)
+        assert scene.outside.tcp(str(host.address4), port) is not None
 
     scene.close()
     assert eventually(lambda: not census(host), 20.0), census(host)

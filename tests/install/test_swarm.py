@@ -1,5 +1,6 @@
 """A swarm of two nodes whose network is the managed plugin's, with scope global."""
 
+import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +19,7 @@ pytestmark = [
     pytest.mark.dockerd,
     pytest.mark.etcd,
     pytest.mark.slow,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1200),
 ]
 BLUE = "blue"
 PATIENCE = 120.0
@@ -89,6 +90,8 @@ def test_attached_containers(lab: Lab, network: str) -> None:
     for one, other in pairs(boxes):
         assert one.pings(other.ip()), (one.host.name, other.host.name)
     for host in lab.hosts:
+        # What Docker does not list is taken for removed after some time.
+        assert eventually(lambda host=host: named(host) == running(host), 20.0)
         links = host.exec("ip", "-n", "pynet", "-d", "link", "show", "type", "vxlan")
         assert f"vxlan id {vni} " in links.stdout
         assert host.docker(*shown, network).stdout.split() == [identity, vni]
@@ -127,6 +130,17 @@ def test_a_service(lab: Lab, network: str) -> None:
     assert eventually(lambda: replicas(2), PATIENCE), said(manager)
     manager.docker("service", "rm", "web")
     assert eventually(lambda: replicas(0), PATIENCE), said(manager)
+
+
+def named(host: Host) -> set[str]:
+    """Return the names of the endpoints that pynet has on a host, as Docker lists them."""
+    shown = json.loads(host.pynet("endpoint", "ls", "--json").stdout)
+    return {endpoint["name"] for endpoint in shown}
+
+
+def running(host: Host) -> set[str]:
+    """Return the names of a host's containers."""
+    return set(host.docker("ps", "--format={{.Names}}").stdout.split())
 
 
 def run(host: Host, network: str, *options: str) -> Container:
