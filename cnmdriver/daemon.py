@@ -228,7 +228,6 @@ class Daemon:
             site.ask = self.questions.ask
         self.remotes.alarm = networks.doubts.alarm = self.sync.wake
         networks.doubts.begin()
-        self.driver = Path(settings.socket).stem
         self.plugin = api.runner(
             api.application(
                 networks,
@@ -395,7 +394,7 @@ class Daemon:
             works = [
                 *more,
                 self.sync.run(),
-                self.sync.listen(self.driver),
+                self.sync.listen(self.site.driver),
                 self.sync.watch(),
                 self.remotes.run(),
             ]
@@ -457,7 +456,13 @@ async def build(
         vxlan_port=settings.vxlan_port,
         namespace=settings.namespace,
     )
-    site = Site(host=host, boot=boot, state=state, dataplane=kernel)
+    site = Site(
+        host=host,
+        boot=boot,
+        state=state,
+        dataplane=kernel,
+        driver=settings.driver_name,
+    )
     if session is None:
         return await alone(settings, site, watching)
     await state.load()

@@ -72,8 +72,7 @@ class DockerApi:
                 details = [
                     await self.get(session, f"/networks/{n['Id']}")
                     for n in listed
-                    if n["Id"] in ours
-                    or str(n.get("Driver", "")).split(":")[0] == driver
+                    if n["Id"] in ours or is_named(str(n.get("Driver", "")), driver)
                 ]
             return inventory(listed, [d for d in details if d])
         except (AttributeError, LookupError, TypeError, ValueError) as error:
@@ -110,6 +109,11 @@ class DockerApi:
                 yield
                 async for _ in answer.content.iter_any():
                     yield
+
+
+def is_named(name: str, driver: str) -> bool:
+    """Tell whether Docker's name for a driver is this one, or this one and a tag."""
+    return driver in (name, name.partition(":")[0])
 
 
 def inventory(listed: list[dict[str, Any]], details: list[dict[str, Any]]) -> Inventory:

@@ -36,6 +36,11 @@ class Settings:
         "/run/docker/plugins/pynet.sock",
         "where Docker finds the driver; the file's name is the driver's",
     )
+    driver: str = setting(
+        "",
+        "what Docker calls the driver; empty is the name of the socket. A managed "
+        "plugin's has a tag: pynet:latest",
+    )
     state_dir: str = setting("/var/lib/pynet", "what outlives a reboot")
     run_dir: str = setting("/run/pynet", "what does not: admin socket, boot id")
     store: str = setting(
@@ -97,6 +102,11 @@ class Settings:
     def store_url(self) -> str:
         """Return the store's address, the default spelled out."""
         return self.store or f"sqlite://{self.state_dir}/store.db"
+
+    @property
+    def driver_name(self) -> str:
+        """Return what Docker calls the driver."""
+        return self.driver or Path(self.socket).stem
 
     @property
     def name(self) -> str:

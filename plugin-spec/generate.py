@@ -54,6 +54,8 @@ WRITABLE = "mount -o remount,bind,rw /proc/sys"
 SERVE = "/opt/pynet/bin/pynet serve 2>&1"
 FIXED = {"run_dir": "/host/run/pynet"}
 """Settings that the plugin's mounts decide."""
+NAMED_SO = {"driver": "pynet:latest"}
+"""What `build` replaces by the plugin's name."""
 UNUSED = ("socket", "state_dir", "socket_group")
 """Settings that mean nothing in a plugin: Docker decides them."""
 
@@ -291,7 +293,7 @@ def variable(name: str) -> Json:
         "name": f"PYNET_{name.upper()}",
         "description": field.metadata["help"],
         "settable": [] if name in FIXED else ["value"],
-        "value": FIXED.get(name, text),
+        "value": {**FIXED, **NAMED_SO}.get(name, text),
     }
 
 

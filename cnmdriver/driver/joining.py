@@ -212,7 +212,7 @@ class Joining:
             if other is not None:
                 raise Conflict(
                     f"network {name} has no pool {other}; join it with: "
-                    f"{command(network, wish)}"
+                    f"{self.command(network, wish)}"
                 )
             return network
         return None
@@ -229,7 +229,7 @@ class Joining:
             first = wish.subnets[0].pool
             raise Conflict(
                 f"network {network.id} on pool {first} has {name} {theirs}, not {own}; "
-                f"join it with: {command(network, wish)}"
+                f"join it with: {self.command(network, wish)}"
             )
         room = self.room(network.mode)
         if room is not None and network.mtu > room:
@@ -346,7 +346,7 @@ class Joining:
         self.check_overlap(wish.subnets, apart=False)
         raise InvalidParameter(
             "an overlay network needs addresses that no two hosts give out, and these "
-            f"are Docker's own; create it with: {command(None, wish)}"
+            f"are Docker's own; create it with: {self.command(None, wish)}"
         )
 
     def member(self, wish: Wish, network: Network) -> Member:
@@ -360,6 +360,31 @@ class Joining:
             prefix=wish.options.prefix,
             options=tuple(sorted(wish.given.items())),
         )
+
+    def command(self, network: Network | None, wish: Wish) -> str:
+        """Write the command line that creates or joins a network on this host."""
+        driver = self.site.driver
+        subnets = wish.subnets if network is None else network.subnets
+        given = dict(wish.given)
+        if network is not None:
+            given = {k: v for k, v in given.items() if short(k) not in SHARED} | {
+                f"pynet.{name}": word(getattr(network, name))
+                for name in SHARED
+                if getattr(wish.options, name) is not None
+            }
+        # The space that Docker says if the user says none.
+        spoken = {s.space for s in wish.subnets}
+        spaces = {s.space for s in subnets} - spoken
+        internal = wish.internal if network is None else network.internal
+        return " ".join([
+            f"docker network create -d {driver} --ipam-driver {driver}",
+            *(f"--ipam-opt pynet.space={name}" for name in sorted(spaces)),
+            *(["--internal"] if internal else []),
+            *(["--ipv6"] if any(s.pool.version == 6 for s in subnets) else []),
+            *(f"--subnet {s.pool}" for s in subnets),
+            *(f"-o {shlex.quote(f'{k}={v}')}" for k, v in sorted(given.items())),
+            "NAME",
+        ])  # fmt: skip
 
     # What of the host it takes.
 
@@ -492,31 +517,6 @@ def several(addresses: Iterable[object]) -> str:
 def word(value: object) -> str:
     """Write a value as a user would give it."""
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def command(network: Network | None, wish: Wish) -> str:
-    """Write the command line that creates or joins a network on this host."""
-    subnets = wish.subnets if network is None else network.subnets
-    given = dict(wish.given)
-    if network is not None:
-        given = {k: v for k, v in given.items() if short(k) not in SHARED} | {
-            f"pynet.{name}": word(getattr(network, name))
-            for name in SHARED
-            if getattr(wish.options, name) is not None
-        }
-    # The space that Docker says if the user says none.
-    spoken = {s.space for s in wish.subnets}
-    spaces = {s.space for s in subnets} - spoken
-    internal = wish.internal if network is None else network.internal
-    return " ".join([
-        "docker network create -d pynet --ipam-driver pynet",
-        *(f"--ipam-opt pynet.space={name}" for name in sorted(spaces)),
-        *(["--internal"] if internal else []),
-        *(["--ipv6"] if any(s.pool.version == 6 for s in subnets) else []),
-        *(f"--subnet {s.pool}" for s in subnets),
-        *(f"-o {shlex.quote(f'{k}={v}')}" for k, v in sorted(given.items())),
-        "NAME",
-    ])  # fmt: skip
 
 
 def short(key: str) -> str:

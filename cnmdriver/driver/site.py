@@ -144,6 +144,8 @@ class Site:
     boot: str
     state: State
     dataplane: Dataplane
+    driver: str = "pynet"
+    """What Docker calls the driver."""
     docker_bridges: frozenset[str] = field(
         default_factory=lambda: frozenset({"docker0", "docker_gwbridge"})
     )

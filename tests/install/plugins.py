@@ -18,6 +18,10 @@ class PluginScene(Scene):
         """Create a network of the plugin's and return its name."""
         return super().network(*options, driver=driver, name=name)
 
+    def refused_network(self, *options: str, driver: str = NAME) -> str:
+        """Try to create a network that must be refused, and return why it was."""
+        return super().refused_network(*options, driver=driver)
+
 
 def load(lab: Lab, image: Path) -> None:
     """Give all hosts the image."""

@@ -79,6 +79,8 @@ def test_the_life_of_a_plugin(lab: Lab, scene: PluginScene) -> None:
     shown = next(line for line in status if line.startswith("CapEff"))
     assert int(shown.split()[1], 16) == RIGHTS
 
+    refused = scene.refused_network()
+    assert f"docker network create -d {NAME} --ipam-driver {NAME}" in refused
     wide, plain = scene.network(*SUBNET), scene.network(*PLAIN)
     web = scene.run(wide, "-p", "8080:80", "--restart=always")
     near = scene.run(plain, "-p", "8081:80", "--restart=always")
@@ -86,10 +88,10 @@ def test_the_life_of_a_plugin(lab: Lab, scene: PluginScene) -> None:
     scene.serve(web, 80)
     reaches(scene, web, clients[0], 8080)
 
-    refused = host.docker("plugin", "disable", NAME, check=False)
-    assert "in use" in refused.stderr
-    refused = host.docker("plugin", "set", NAME, "PYNET_AUDIT=10", check=False)
-    assert refused.returncode != 0
+    done = host.docker("plugin", "disable", NAME, check=False)
+    assert "in use" in done.stderr
+    done = host.docker("plugin", "set", NAME, "PYNET_AUDIT=10", check=False)
+    assert done.returncode != 0
 
     with Traffic() as traffic:
         traffic.ping(clients[0], web.ip(), "overlay")

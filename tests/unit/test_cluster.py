@@ -768,6 +768,17 @@ async def test_routes_to_one_subnet_twice(hosts, options):
     await one.create("green", POOL, pynet_space="green")
 
 
+async def test_the_drivers_name_is_part_of_the_command(hosts):
+    """The command line that works has Docker's name for the driver, here a plugin's."""
+    one, two, _ = hosts
+    two.rig.site.driver = "pynet:latest"
+    await join(one)
+    with pytest.raises(Conflict) as error:
+        await join(two, options={"pynet.mtu": "1300"})
+    wanted = "docker network create -d pynet:latest --ipam-driver pynet:latest"
+    assert wanted in refusal(error)
+
+
 async def test_the_space_is_part_of_the_command(hosts):
     """The command line that joins a network names the space it is in."""
     one, two, _ = hosts

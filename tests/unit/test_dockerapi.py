@@ -221,6 +221,22 @@ async def test_asks_for_networks_of_a_plugin_with_any_name(docker, api):
     assert found.endpoints == WHOLE.endpoints
 
 
+@pytest.mark.parametrize(
+    ("name", "driver", "same"),
+    [
+        ("pynet", "pynet", True),
+        ("pynet:latest", "pynet", True),
+        ("pynet:latest", "pynet:latest", True),
+        ("example.org/pynet:1", "example.org/pynet:1", True),
+        ("pynet", "pynet:latest", False),
+        ("other:latest", "pynet", False),
+    ],
+)
+def test_names_of_drivers(name, driver, same):
+    """A driver that was named without a tag is meant with any."""
+    assert dockerapi.is_named(name, driver) is same
+
+
 async def test_network_goes_meanwhile(docker, api):
     """A network that is removed between the two questions has no endpoints."""
     del docker.answers[f"/networks/{RED}"]

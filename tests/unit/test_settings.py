@@ -11,7 +11,7 @@ from cnmdriver.errors import InvalidParameter
 from cnmdriver.settings import Settings
 
 NAMES = (
-    "socket, state_dir, run_dir, store, store_prefix, store_ca, store_cert, "
+    "socket, driver, state_dir, run_dir, store, store_prefix, store_ca, store_cert, "
     "store_key, store_user, store_password_file, host_name, vtep, vxlan_port, "
     "namespace, docker, scope, default_pools, grace, audit, repair, dead_after, "
     "socket_group, listen, log_format, log_level"
@@ -276,3 +276,10 @@ def test_every_setting_comes_from_everywhere(tmp_path):
         assert given != Settings()
         assert settings.load({}, {f"PYNET_{name.upper()}": text}) == given
         assert settings.load({}, {}, written(tmp_path, f'{name} = "{text}"')) == given
+
+
+def test_the_drivers_name():
+    """The driver is called as its socket is, if nothing else is said."""
+    assert Settings().driver_name == "pynet"
+    assert Settings(socket="/run/docker/plugins/other.sock").driver_name == "other"
+    assert Settings(driver="pynet:latest").driver_name == "pynet:latest"

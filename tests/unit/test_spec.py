@@ -54,7 +54,7 @@ def test_the_plugins_settings():
     left = {"socket", "state_dir", "run_dir", "socket_group"}
     assert settable == {f"PYNET_{name.upper()}" for name in FIELDS.keys() - left}
     environment = {v["name"]: v["value"] for v in variables if v["settable"]}
-    assert load({}, environment) == load({}, {})
+    assert load({}, environment) == load({"driver": "pynet:latest"}, {})
 
 
 def test_discovery_files_name_one_socket():
