@@ -82,7 +82,13 @@ def test_attached_containers(lab: Lab, network: str) -> None:
     """
     manager, worker = lab.hosts
     shown = ("network", "inspect", "-f", f'{{{{.ID}}}} {{{{index .Options "{VNIS}"}}}}')
-    identity, vni = manager.docker(*shown, network).stdout.split()
+
+    def words(host: Host) -> list[str]:
+        return host.docker(*shown, network).stdout.split()
+
+    # The manager asks for it after it has answered the command.
+    assert eventually(lambda: len(words(manager)) == 2, PATIENCE)
+    identity, vni = words(manager)
     assert len(identity) == 25
     boxes = [run(host, network) for host in lab.hosts]
     boxes.append(run(worker, network, "--ip=10.140.0.77"))
@@ -94,7 +100,7 @@ def test_attached_containers(lab: Lab, network: str) -> None:
         assert eventually(lambda host=host: named(host) == running(host), 20.0)
         links = host.exec("ip", "-n", "pynet", "-d", "link", "show", "type", "vxlan")
         assert f"vxlan id {vni} " in links.stdout
-        assert host.docker(*shown, network).stdout.split() == [identity, vni]
+        assert words(host) == [identity, vni]
 
 
 def test_a_service(lab: Lab, network: str) -> None:
