@@ -314,7 +314,7 @@ class Sync:
         """Delete networks and pools without a member: the store was away for that."""
         view = self.site.view
         used = {m.network for m in view.all(Member, "members/")}
-        known = {n.id for n in view.all(Network, "networks/") if not n.swarm}
+        known = {n.id for n in view.all(Network, "networks/")}
         known |= {p.network for p in view.all(Pool, "pools/")}
         for name in sorted(known - used):
 
