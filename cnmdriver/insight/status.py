@@ -15,6 +15,11 @@ from cnmdriver.store import checks
 
 SECRET = re.compile(r"(?<=://)[^/@]*@")
 """User and password in the address of a store."""
+SPARED = {
+    False: "only removals succeed",
+    True: "nothing new is kept here, and without the store only removals succeed",
+}
+"""What a disk that takes nothing leaves, by whether the store is shared."""
 SHOWN = 3
 """How many of a kind are named; of more there is only the number."""
 
@@ -64,7 +69,7 @@ async def remarks(site: Site, info: Mapping[str, object]) -> AsyncIterator[str]:
     """Yield a sentence for everything a person should look at."""
     for sentence in (*reached(site, info), *lacking()):
         yield sentence
-    async for sentence in outbox(site):
+    async for sentence in kept(site):
         yield sentence
     for sentence in stored(site, info):
         yield sentence
@@ -120,9 +125,11 @@ def strings(value: object) -> list[str]:
     return [str(v) for v in value] if isinstance(value, list | tuple) else []
 
 
-async def outbox(site: Site) -> AsyncIterator[str]:
-    """Say what waits to be written to the store."""
+async def kept(site: Site) -> AsyncIterator[str]:
+    """Say what waits to be written to the store, and if the disk takes nothing."""
     try:
+        for sentence in await site.state.troubles():
+            yield f"{sentence}; until then {SPARED[site.state.store.shared]}"
         pending = len(await site.state.local.pending())
     except DriverError as error:
         yield f"the local database cannot be read: {error}"
