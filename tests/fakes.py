@@ -289,6 +289,10 @@ class Shared:
         finally:
             await self.wait()
 
+    async def trouble(self) -> str:
+        """Have a disk with room."""
+        return ""
+
     async def watch(
         self, prefix: str, start: int, *, end: str = ""
     ) -> AsyncIterator[tuple[Event, ...]]:

@@ -34,6 +34,8 @@ EVERY = 1.0
 """Seconds between two looks at what is missing."""
 BATCH = 8
 """Endpoints published at once; a transaction has 128 operations at most."""
+HELD = 64
+"""Addresses and blocks published at once."""
 GONE = 60.0
 """Seconds other hosts have to publish again what is theirs."""
 
@@ -80,13 +82,22 @@ class Authority:
         self.let_go()
 
     async def publish(self, member: Member, conflicts: dict[str, str]) -> None:
-        """Publish a network, this host's part, and its endpoints there."""
+        """
+        Publish a network, this host's part, and its endpoints there.
+
+        One transaction holds only so much. If this is broken off, what lacks is still
+        missing, and what there is stands by itself: an address has its pool, and an
+        endpoint its addresses.
+        """
         commit = self.site.state.commit
         missing = len(self.site.view.missing)
         text = await commit(partial(self.network, member=member))
         if text:
             conflicts[member.network] = text
             return
+        held = iter(list(self.held(member.network)))
+        while some := list(islice(held, HELD)):
+            await commit(partial(self.holdings, member=member, batch=some))
         endpoints = iter(self.site.endpoints(member.network))
         while batch := list(islice(endpoints, BATCH)):
             conflicts |= await commit(partial(self.endpoints, batch=batch))
@@ -119,21 +130,42 @@ class Authority:
                 return (
                     f"pool {subnet.pool} of network {network.id} {other(found.network)}"
                 )
-        again(draft, [*keys, *self.held(pools)])
+        first = [key for _, key in islice(self.held(network.id), HELD)]
+        again(draft, [*keys, *first])
         if draft.puts:
             claims.touch(draft, (pool.space for pool in pools))
         return ""
 
-    def held(self, pools: Iterable[Pool]) -> Iterator[str]:
-        """Yield the keys of gateways, of this host's blocks and unbound addresses."""
+    def held(self, network: str) -> Iterator[tuple[str, str]]:
+        """
+        Yield what lacks of gateways, this host's blocks and addresses of no endpoint.
+
+        Each comes with its pool's key; blocks first, as they keep others off.
+        """
         view, host = self.site.view, self.site.host.id
-        for pool in pools:
-            for held in claims.reservation(view, pool):
-                if held.gateway or (held.host == host and not held.endpoint):
-                    yield records.address(pool.space, pool.cidr, held.ip)
-            for span, block in claims.blocks_of(view, pool):
-                if block.host == host:
-                    yield records.block(pool.space, pool.cidr, span)
+        for pool in claims.pools_of(view, network):
+            keys = [
+                records.block(pool.space, pool.cidr, span)
+                for span, block in claims.blocks_of(view, pool)
+                if block.host == host
+            ]
+            keys += [
+                records.address(pool.space, pool.cidr, held.ip)
+                for held in claims.reservation(view, pool)
+                if held.gateway or (held.host == host and not held.endpoint)
+            ]
+            place = records.pool(pool.space, pool.cidr)
+            yield from ((place, key) for key in keys if key in view.missing)
+
+    def holdings(
+        self, draft: Draft, member: Member, batch: Iterable[tuple[str, str]]
+    ) -> None:
+        """Write addresses and blocks, while this host has a part in their pools."""
+        own = draft.get(Member, records.member(member.network, member.host))
+        for place, key in batch if own is not None else ():
+            pool = draft.get(Pool, place)
+            if pool is not None and pool.network == member.network:
+                again(draft, [key])
 
     def endpoints(self, draft: Draft, batch: Iterable[Endpoint]) -> dict[str, str]:
         """Write endpoints with their addresses; return why some cannot be."""

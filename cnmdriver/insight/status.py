@@ -13,6 +13,11 @@ from cnmdriver.privileges import lacking
 from cnmdriver.redaction import USERINFO
 from cnmdriver.store import checks
 
+SPARED = {
+    False: "only removals succeed",
+    True: "nothing new is kept here, and without the store only removals succeed",
+}
+"""What a disk that takes nothing leaves, by whether the store is shared."""
 SHOWN = 3
 """How many of a kind are named; of more there is only the number."""
 
@@ -67,7 +72,7 @@ async def remarks(site: Site, info: Mapping[str, object]) -> AsyncIterator[str]:
             "what others change of pynet's in the kernel is reported and left, as "
             "repair=false says; start pynet without that to have it put right"
         )
-    async for sentence in outbox(site):
+    async for sentence in kept(site):
         yield sentence
     for sentence in stored(site, info):
         yield sentence
@@ -123,9 +128,11 @@ def strings(value: object) -> list[str]:
     return [str(v) for v in value] if isinstance(value, list | tuple) else []
 
 
-async def outbox(site: Site) -> AsyncIterator[str]:
-    """Say what waits to be written to the store."""
+async def kept(site: Site) -> AsyncIterator[str]:
+    """Say what waits to be written to the store, and if the disk takes nothing."""
     try:
+        for sentence in await site.state.troubles():
+            yield f"{sentence}; until then {SPARED[site.state.store.shared]}"
         pending = len(await site.state.local.pending())
     except DriverError as error:
         yield f"the local database cannot be read: {error}"

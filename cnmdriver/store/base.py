@@ -126,5 +126,8 @@ class Store(Protocol):
         forgotten, StoreError when the connection is lost.
         """
 
+    async def trouble(self) -> str:
+        """Say what keeps this host's disk from taking anything new, "" if nothing."""
+
     async def lease(self, ttl: float) -> Lease:
         """Make a lease of so many seconds."""

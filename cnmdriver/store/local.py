@@ -28,7 +28,7 @@ import structlog
 from cnmdriver.errors import InvalidParameter
 from cnmdriver.store import mending
 from cnmdriver.store.base import Change, Item, Listing
-from cnmdriver.store.sqlite import PAGES, mapped
+from cnmdriver.store.sqlite import PAGES, kept_for_removals, mapped
 
 T = TypeVar("T")
 
@@ -55,6 +55,7 @@ VERSION = 1
 """Of the tables: 0 had no checksums, and of the first 1 no fact tells."""
 SCHEMA_FACT = "schema"
 """The fact that says which version it is."""
+WHAT = "the local database"
 COPY = "host-id"
 """The file beside the database that says so, too."""
 MARK = 8
@@ -178,8 +179,14 @@ class LocalDatabase:
         await self.call("write", lambda: self._name(host))
         self.host, self.estranged = host, False
 
-    async def remember(self, change: Change) -> int:
-        """Append a change to the outbox and return its number."""
+    async def remember(self, change: Change, *, taking: bool = False) -> int:
+        """
+        Append a change to the outbox and return its number.
+
+        On a full disk there is still room for what takes back, not for `taking`.
+        """
+        if taking:
+            return await self.call("write", lambda: self._append_more(change))
         return await self.call("write", lambda: self._append(change))
 
     async def pending(self) -> list[tuple[int, Change]]:
@@ -193,12 +200,21 @@ class LocalDatabase:
     async def keep(
         self, changed: Mapping[str, Item | None], listed: int, facts: Mapping[str, str]
     ) -> None:
-        """Bring the snapshot up to date; an Item None says that its key is gone."""
+        """
+        Bring the snapshot up to date; an Item None says that its key is gone.
+
+        If the disk is full, what is gone goes all the same, but the facts are dropped:
+        what the rest says may be over. StoreError is raised.
+        """
         await self.call("write", lambda: self._keep(changed, listed, facts))
 
     async def snapshot(self) -> Listing:
         """Return what was kept, and the revision of the store's last whole reading."""
         return await self.call("read", self._snapshot)
+
+    async def trouble(self) -> str:
+        """Say what keeps the disk from taking anything new, "" if nothing does."""
+        return await self.call("read", self.reserve.trouble)
 
     async def fact(self, name: str) -> str:
         """Return something the host noted, "" if it did not."""
@@ -208,7 +224,7 @@ class LocalDatabase:
         """Run blocking work in the thread."""
 
         def mapped_work() -> T:
-            with mapped(doing, self.path):
+            with mapped(doing, WHAT, self.path):
                 return work()
 
         loop = asyncio.get_running_loop()
@@ -243,6 +259,7 @@ class LocalDatabase:
         self.db.execute("PRAGMA journal_mode = WAL")
         self.db.execute(f"PRAGMA wal_autocheckpoint = {PAGES}")
         self.db.executescript(SCHEMA)
+        mending.check_writable(self.db)
         if not self._fact(HOST):
             self._name(secrets.token_hex(8))
         if not self._fact(SCHEMA_FACT):
@@ -324,20 +341,28 @@ class LocalDatabase:
             self.connection.close()
             self.connection = None
 
+    def _append_more(self, change: Change) -> int:
+        if not self.reserve.hold():
+            raise kept_for_removals(WHAT, self.path)
+        return self._insert(change)
+
     def _append(self, change: Change) -> int:
-        puts = {key: value.decode() for key, value in change.puts.items()}
-        text = json.dumps({"puts": puts, "deletes": sorted(change.deletes)})
         try:
-            return self._insert(text)
+            return self._insert(change)
         except sqlite3.Error as error:
             if not mending.is_full(error):
                 raise
+        self._make_room()
+        return self._insert(change)
+
+    def _make_room(self) -> None:
         self.reserve.release()
         # The log's pages go into the file, and the log begins anew where it was.
         self.db.execute("PRAGMA wal_checkpoint(RESTART)")
-        return self._insert(text)
 
-    def _insert(self, text: str) -> int:
+    def _insert(self, change: Change) -> int:
+        puts = {key: value.decode() for key, value in change.puts.items()}
+        text = json.dumps({"puts": puts, "deletes": sorted(change.deletes)})
         row = self.db.execute(
             "INSERT INTO outbox (change, checksum) VALUES (?, ?)",
             (text, mending.checksum(text)),
@@ -355,6 +380,19 @@ class LocalDatabase:
     def _keep(
         self, changed: Mapping[str, Item | None], listed: int, facts: Mapping[str, str]
     ) -> None:
+        try:
+            self._keep_all(changed, {LISTED: str(listed), **facts})
+        except sqlite3.Error as error:
+            if mending.is_full(error):
+                self._make_room()
+                gone = {key: None for key, item in changed.items() if item is None}
+                self._keep_all(gone, dict.fromkeys(facts, ""))
+            raise
+        self.reserve.hold()
+
+    def _keep_all(
+        self, changed: Mapping[str, Item | None], facts: Mapping[str, str]
+    ) -> None:
         gone = [(key,) for key, item in changed.items() if item is None]
         rows = [
             summed(key, item.value.decode(), item.revision)
@@ -367,7 +405,7 @@ class LocalDatabase:
             self.db.executemany(
                 "INSERT OR REPLACE INTO snapshot VALUES (?, ?, ?, ?)", rows
             )
-            self._note({LISTED: str(listed), **facts})
+            self._note(facts)
         except BaseException:
             # A full disk has ended it already.
             with contextlib.suppress(sqlite3.Error):

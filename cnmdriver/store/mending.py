@@ -12,6 +12,7 @@ the damage; here the commits behind it are counted.
 """
 
 import contextlib
+import errno
 import os
 import sqlite3
 import struct
@@ -35,6 +36,11 @@ KEPT = 3
 """Broken files that are kept: the first ones, which have the most, and the last."""
 RESERVED = 512 * 1024
 """Bytes that are kept free for removals: more than what a log may hold."""
+ROOM = 64 * 1024
+"""Bytes without which a disk counts as full."""
+PROBE = ".probe"
+"""The file that finds that out, and is gone at once."""
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
 UNREADABLE = (sqlite3.Error, UnicodeError)
 """What reading a broken file raises; SQLite's own words may be broken, too."""
 FULL = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE}
@@ -295,6 +301,51 @@ def is_full(error: BaseException) -> bool:
     return getattr(error, "sqlite_errorcode", None) in FULL
 
 
+def full(directory: Path) -> str:
+    """Say that a disk is full, and what to do."""
+    return f"the disk that holds {directory} is full: make room there"
+
+
+def advice(error: Exception, directory: Path) -> str:
+    """Say what to do about an error of SQLite's or the file system's."""
+    # The room that was kept may be free by now.
+    if is_full(error):
+        return full(directory)
+    found = trouble(directory) if directory.is_dir() else ""
+    return found or "check the disk and the file's permissions"
+
+
+def trouble(directory: Path) -> str:
+    """Say what keeps a disk from taking anything new, "" if nothing does."""
+    path = directory / PROBE
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        descriptor = os.open(path, flags, 0o600)
+        try:
+            path.unlink()
+            os.posix_fallocate(descriptor, 0, ROOM)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            return full(directory)
+        return (
+            f"the disk that holds {directory} takes no writes "
+            f"({os.strerror(error.errno or errno.EIO)}): mend it or mount it writable"
+        )
+    return ""
+
+
+def check_writable(db: sqlite3.Connection) -> None:
+    """Raise what a write would: SQLite opens a read-only file as it is, for good."""
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        db.execute("PRAGMA user_version = 0")
+    finally:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+
+
 class Reserve:
     """Room on the disk that is given up so that what takes back can be written."""
 
@@ -310,6 +361,15 @@ class Reserve:
                 self.take()
                 self.held = True
         return self.held
+
+    def trouble(self) -> str:
+        """Say what keeps the disk from taking anything new, "" if nothing does."""
+        directory = self.path.parent
+        found = trouble(directory)
+        if not found and not self.hold():
+            # There is room because it was given up, and for removals alone.
+            return full(directory)
+        return found
 
     def take(self) -> None:
         """Take the room, or none of it."""

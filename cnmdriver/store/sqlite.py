@@ -65,6 +65,7 @@ HIGHEST = 1 << 62
 """No revision is as high as that."""
 LIMIT = 3.0
 """Seconds a store operation may take."""
+WHAT = "the embedded store"
 LAST = "\U0010ffff"
 """Behind every key that starts like what stands before it."""
 
@@ -72,15 +73,21 @@ log = structlog.get_logger()
 
 
 @contextlib.contextmanager
-def mapped(doing: str, path: Path) -> Iterator[None]:
+def mapped(doing: str, what: str, path: Path) -> Iterator[None]:
     """Turn SQLite's and the file system's errors into ours."""
     try:
         yield
     except (sqlite3.Error, OSError) as error:
-        raise StoreError(
-            f"cannot {doing} the embedded store {path}: {error}; "
-            "check the disk and the file's permissions"
-        ) from error
+        advice = mending.advice(error, path.parent)
+        raise StoreError(f"cannot {doing} {what} {path}: {error}; {advice}") from error
+
+
+def kept_for_removals(what: str, path: Path) -> StoreError:
+    """Make the refusal of what would take the last room."""
+    return StoreError(
+        f"cannot write {what} {path}: the disk that holds {path.parent} is full, its "
+        "last room is kept for removals; make room there"
+    )
 
 
 @dataclass(slots=True)
@@ -262,6 +269,10 @@ class SqliteStore:
         self.leases += 1
         return SqliteLease(self, self.leases, ttl)
 
+    async def trouble(self) -> str:
+        """Say what keeps the disk from taking anything new, "" if nothing does."""
+        return await self.call("read", self.reserve.trouble)
+
     async def end_lease(self, number: int) -> None:
         """Delete the keys of a lease."""
         await self.call("write", lambda: self._end_lease(number))
@@ -280,7 +291,7 @@ class SqliteStore:
             raise StoreError(f"cannot {doing} the embedded store: it is closed")
 
         def mapped_work() -> T:
-            with mapped(doing, self.path):
+            with mapped(doing, WHAT, self.path):
                 return work()
 
         future = asyncio.get_running_loop().run_in_executor(self.thread, mapped_work)
@@ -352,6 +363,7 @@ class SqliteStore:
         self.db.execute("PRAGMA synchronous = FULL")
         self.db.execute(f"PRAGMA wal_autocheckpoint = {PAGES}")
         self._make(self.db, Content())
+        mending.check_writable(self.db)
         self.compacted = self._number("revision")
         leased = [k for (k,) in self.db.execute(
             "SELECT key FROM records WHERE lease IS NOT NULL"
@@ -445,10 +457,7 @@ class SqliteStore:
 
     def _commit(self, change: Change, lease: int | None) -> int:
         if not self._takes_back(change) and not self.reserve.hold():
-            raise StoreError(
-                f"cannot write the embedded store {self.path}: the disk is full, its "
-                "last room is kept for removals; make room"
-            )
+            raise kept_for_removals(WHAT, self.path)
         try:
             return self._transact(change, lease)
         except sqlite3.Error as error:

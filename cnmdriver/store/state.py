@@ -459,7 +459,7 @@ class State:
         async with self.saving:
             await self.save()
             try:
-                await self.local.remember(change)
+                await self.local.remember(change, taking=True)
             except asyncio.CancelledError:
                 # It may be written, and its caller takes it back.
                 self.foresee(change)
@@ -478,6 +478,11 @@ class State:
         while self.unsaved:
             await self.local.remember(self.unsaved[0])
             del self.unsaved[0]
+
+    async def troubles(self) -> tuple[str, ...]:
+        """Say what keeps the disks of this host's files from taking anything new."""
+        found = [await self.local.trouble(), await self.store.trouble()]
+        return tuple(dict.fromkeys(filter(None, found)))
 
     async def recollect(self) -> None:
         """Let the view know what an earlier life has left in the outbox."""

@@ -153,6 +153,8 @@ class View:
         if key in self.ahead:
             return False
         # What a listing lacks was gone by then: older news of it comes late.
+        if value is None and not ours and self.is_owed(key):
+            return False
         late = revision <= self.written.get(key, self.listed)
         if late and not (ours and key in self.missing):
             return False
@@ -236,6 +238,11 @@ class View:
         self.turns += 1
         for feed in self.feeds:
             feed.add(key)
+
+    def is_owed(self, key: str) -> bool:
+        """Tell whether a key is missing that this host publishes: it is known to be."""
+        record = self.get(object, key)
+        return key in self.missing and getattr(record, "host", None) == self.owner
 
     def stays(self, key: str) -> bool:
         """Tell whether a record is not for others to end: this host stands on it."""

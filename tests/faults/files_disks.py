@@ -1,5 +1,5 @@
 """
-What happens on small disks, each in a mount namespace of its own.
+What the files of a host do on small disks, each in a mount namespace of its own.
 
 Run as a program under `unshare -m`, with a scenario's name and a directory, over which
 a disk of two megabytes is mounted first. It ends with 0 if all was as it must be.
@@ -87,12 +87,16 @@ async def removing(directory: Path) -> None:
         await remove_all(store, directory)
         told = await refused(store, *additions(1))
         assert "its last room is kept for removals; make room" in told, told
+        assert await store.trouble() == (
+            f"the disk that holds {directory} is full: make room there"
+        )
         await refused(store, Change(puts={"k/099": value(1) * 2}))
         filler.unlink()
         for change in additions(50):
             await store.commit(change)
         assert store.reserve.held
         assert len(await keys(store)) == 51
+        assert await store.trouble() == ""
 
 
 async def remove_all(store: SqliteStore, directory: Path) -> None:
@@ -178,6 +182,57 @@ def deletion(number: int) -> Change:
     return Change(deletes=frozenset({f"endpoints/{'n' * 64}/{number}"}))
 
 
+async def snapshot(directory: Path) -> None:
+    """Forget what is gone on a full disk, and trust the rest no more until it is whole."""
+    local = LocalDatabase(directory / "local.db")
+    await local.open()
+    items = {f"k/{n}": Item(value=value(n), revision=1) for n in range(50)}
+    await local.keep(items, 1, {"contact": "boot 1"})
+    fill(directory)
+    more = {f"new/{n}": Item(value=value(n), revision=2) for n in range(500)}
+    changed = {**more, "k/7": None}
+    try:
+        await local.keep(changed, 2, {"contact": "boot 2"})
+    except StoreError as error:
+        assert f"the disk that holds {directory} is full" in str(error)
+    else:
+        raise AssertionError("it was kept")
+    kept = await local.snapshot()
+    assert (set(kept.items), kept.revision) == (items.keys() - {"k/7"}, 1)
+    assert await local.fact("contact") == ""
+    (directory / "filler").unlink()
+    await local.keep(dict(list(changed.items())[-90:]), 2, {"contact": "boot 2"})
+    assert await local.fact("contact") == "boot 2"
+    assert local.reserve.held
+    await local.close()
+
+
+async def taking(directory: Path) -> None:
+    """Give nothing of the last room to what takes."""
+    local = LocalDatabase(directory / "local.db")
+    await local.open()
+    fill(directory)
+    taken = 0
+    try:
+        for taken in range(500):  # noqa: B007 - it counts
+            await local.remember(additions(1)[0], taking=True)
+    except StoreError as error:
+        assert f"the disk that holds {directory} is full" in str(error)
+    else:
+        raise AssertionError("all was taken")
+    assert local.reserve.held
+    for number in range(300):
+        await local.remember(deletion(number))
+    try:
+        await local.remember(additions(1)[0], taking=True)
+    except StoreError as error:
+        assert "its last room is kept for removals; make room there" in str(error)
+    else:
+        raise AssertionError("the last room was given away")
+    assert len(await local.pending()) == taken + 300
+    await local.close()
+
+
 async def read_only(directory: Path) -> None:
     """Say in a sentence that a directory is read-only, and serve when it is not."""
     store = SqliteStore(directory / "store.db")
@@ -191,14 +246,20 @@ async def read_only(directory: Path) -> None:
         ["mount", "-o", "remount,ro,bind", str(directory)], check=True, timeout=10
     )
     try:
-        for door, name in ((SqliteStore, "store.db"), (LocalDatabase, "local.db")):
+        for door, name, called in (
+            (SqliteStore, "store.db", "embedded store"),
+            (LocalDatabase, "local.db", "local database"),
+        ):
             path = directory / name
             try:
                 await door(path).open()
             except StoreError as error:
                 told = str(error)
-                assert told.startswith(f"cannot open the embedded store {path}: ")
-                assert told.endswith("check the disk and the file's permissions")
+                assert told.startswith(f"cannot open the {called} {path}: ")
+                assert told.endswith(
+                    f"the disk that holds {directory} takes no writes (Read-only file "
+                    "system): mend it or mount it writable"
+                )
                 continue
             raise AssertionError(f"{name} was opened")
     finally:
@@ -228,6 +289,8 @@ SCENARIOS = {
     "dying": dying,
     "mending": mending,
     "outbox": outbox,
+    "snapshot": snapshot,
+    "taking": taking,
     "read_only": read_only,
 }
 

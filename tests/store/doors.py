@@ -86,6 +86,9 @@ class Moody:
             self.check()
             yield events
 
+    async def trouble(self) -> str:
+        return await self.store.trouble()
+
     async def lease(self, ttl: float) -> Lease:
         self.check()
         return MoodyLease(self, await self.store.lease(ttl))

@@ -79,6 +79,9 @@ class Reopening:
         self.keep = True
         return self.now.watch(prefix, start, end=end)
 
+    async def trouble(self) -> str:
+        return await self.now.trouble()
+
     async def lease(self, ttl: float) -> Lease:
         self.keep = True
         return await self.now.lease(ttl)

@@ -116,7 +116,7 @@ async def test_a_path_that_cannot_be_made(tmp_path):
     with pytest.raises(StoreError) as refused:
         await database.open()
     text = str(refused.value)
-    assert text.startswith(f"cannot open the embedded store {path}: ")
+    assert text.startswith(f"cannot open the local database {path}: ")
     assert text.endswith("; check the disk and the file's permissions")
     await database.close()
 

@@ -247,8 +247,8 @@ async def test_history_is_forgotten_by_itself(opened, tmp_path):
 
 async def test_a_slow_disk_is_a_sentence(opened, tmp_path, monkeypatch):
     """A call that the disk does not answer in time ends with a StoreError."""
-    monkeypatch.setattr("cnmdriver.store.sqlite.LIMIT", 0.05)
     store = await opened(tmp_path / "store.db")
+    monkeypatch.setattr("cnmdriver.store.sqlite.LIMIT", 0.05)
     gate = asyncio.Event()
     loop = asyncio.get_running_loop()
 

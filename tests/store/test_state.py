@@ -628,8 +628,8 @@ async def test_a_deferral_that_is_cancelled(one):
     """Who is cancelled while the outbox is written finds in the view what may be there."""
     remember, begun = one.local.remember, asyncio.Event()
 
-    async def slow(change: Change) -> int:
-        number = await remember(change)
+    async def slow(change: Change, *, taking: bool) -> int:
+        number = await remember(change, taking=taking)
         begun.set()
         await asyncio.sleep(60)
         return number

@@ -245,7 +245,7 @@ def test_a_bad_setting():
         ({"store": "redis://a"}, "store 'redis://a': give "),
         ({"state_dir": "{}/file/state"}, "cannot make directory {}/file/state: "),
         ({"run_dir": "{}/file"}, "cannot make directory {}/file: "),
-        ({"state_dir": "{}/bad"}, "cannot open the embedded store {}/bad/local.db: "),
+        ({"state_dir": "{}/bad"}, "cannot open the local database {}/bad/local.db: "),
     ],
 )
 def test_run_says_why(name, short, capsys, given, text):
