@@ -156,6 +156,7 @@ async def serve(
                     notifier.ready(f"serves {settings.socket}")
                     await daemon.until(stop, daemon.reloads(again, reread, notifier))
                     notifier.stopping()
+                await daemon.ipam.settled_down()
         log.info("daemon.stopped")
 
 
@@ -220,7 +221,7 @@ class Daemon:
             site, networks, ipam, docker, grace=settings.grace, audit=settings.audit
         )
         self.sync.mends = settings.repair
-        self.blocks = ipam.blocks
+        self.ipam, self.blocks = ipam, ipam.blocks
         self.authority: Authority | None = None
         self.questions: Questions | None = None
         if session is not None:

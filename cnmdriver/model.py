@@ -97,6 +97,8 @@ class Member:
     bridge: str = ""
     host_binding: IPAddress | None = None
     prefix: str = "eth"
+    attach: str = "auto"
+    """How interfaces get into sandboxes: `moved`, `direct` or `auto`."""
     options: tuple[tuple[str, str], ...] = ()
     claims: tuple[str, ...] = ()
     """The pool ids Docker holds here."""
@@ -185,6 +187,10 @@ class Endpoint:
     user_mac: bool = False
     sandbox: str = ""
     """Docker's key of the sandbox; empty until it has joined."""
+    attach: str = ""
+    """How its interface is to get there; empty leaves it to the network."""
+    device: str = ""
+    """The interface's name if it is built in the sandbox; empty if Docker moves it."""
     published: tuple[Published, ...] = ()
 
     @property
@@ -333,9 +339,10 @@ class Cluster:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attachment:
-    """What Docker needs to move an endpoint's device into the sandbox."""
+    """What Docker needs to know of an endpoint's device and gateway."""
 
     device: str
+    """What it is to move into the sandbox; empty if it is there already."""
     prefix: str
     gateway4: IPv4Address | None = None
     gateway6: IPv6Address | None = None

@@ -14,7 +14,7 @@ from cnmdriver.driver.site import Site, Underlay
 from cnmdriver.errors import Conflict, KernelError
 from cnmdriver.model import Alive, Host, IPAddress, IPNetwork
 from cnmdriver.plan import pools
-from cnmdriver.plan.ops import Hold, Key, Op, Plan, Sysctl, Veth
+from cnmdriver.plan.ops import Hold, Key, Op, Plan, Seat, Sysctl, Veth
 from cnmdriver.plan.sight import Echo, Filters, Inner, Way
 from cnmdriver.store import records
 from cnmdriver.store.base import Change, Event, Lease, Listing
@@ -47,6 +47,9 @@ class FakeKernel:
         self.inners: dict[str, Inner] = {}
         self.walls = Filters()
         self.silent = False
+        self.devices: frozenset[str] = frozenset({"lo"})
+        self.locked = False
+        self.vacated: list[tuple[str, str]] = []
 
     async def apply(
         self, plan: Plan, still: Callable[[Plan], Plan] = lambda plan: plan
@@ -78,12 +81,26 @@ class FakeKernel:
     ) -> None:
         """Let go; a device takes with it what stands on it."""
         for op in reversed(still(plan)):
-            if isinstance(op, Sysctl) and op.keep:
-                continue
-            self.ops.pop(op.key, None)
-            for other in list(self.ops.values()):
-                if op.key in other.stands_on():
-                    self.ops.pop(other.key, None)
+            self.gone(op)
+
+    def gone(self, op: Op) -> None:
+        """Let one operation go, with what stands on it."""
+        if isinstance(op, Sysctl) and op.keep:
+            return
+        self.ops.pop(op.key, None)
+        for other in list(self.ops.values()):
+            if op.key in other.stands_on():
+                self.ops.pop(other.key, None)
+
+    def dismiss(
+        self, plan: Plan, still: Callable[[Plan], Plan] = lambda plan: plan
+    ) -> asyncio.Future[None]:
+        """Let go at once."""
+        for op in reversed(still(plan)):
+            self.gone(op)
+        over = asyncio.get_running_loop().create_future()
+        over.set_result(None)
+        return over
 
     async def found(self, wanted: Plan = ()) -> Plan:
         """Return what is held."""
@@ -152,6 +169,16 @@ class FakeKernel:
     async def datagram(self, sandbox: str, source: IPAddress, to: IPAddress) -> Echo:
         """Do the same."""
         return await self.ping(sandbox, source, to, 44)
+
+    async def inside(self, sandbox: str) -> frozenset[str]:
+        """Return what the test says is in every sandbox."""
+        if self.locked:
+            raise KernelError(f"entering sandbox {sandbox} failed: the test says so")
+        return self.devices
+
+    async def vacate(self, seat: Seat, leaving: str) -> None:
+        """Note which interface was put away."""
+        self.vacated.append((seat.name, leaving))
 
     async def watch(self, heard: Callable[[bool], None]) -> None:
         """Have no news."""

@@ -81,6 +81,7 @@ class Networks(Protocol):
         ipv4: IPv4Interface | None,
         ipv6: IPv6Interface | None,
         mac: str,
+        attach: str,
     ) -> str:
         """Make an endpoint; return the MAC to answer with, "" if Docker sent one."""
 
@@ -88,7 +89,7 @@ class Networks(Protocol):
         """Remove an endpoint; implies `leave`."""
 
     async def join(self, docker_id: str, endpoint_id: str, sandbox: str) -> Attachment:
-        """Make the device that Docker will move into the sandbox."""
+        """Make the device in the sandbox, or the one Docker will move there."""
 
     async def leave(self, docker_id: str, endpoint_id: str) -> None:
         """Take an endpoint out of its sandbox; implies `revoke`."""
@@ -224,6 +225,7 @@ async def _create_endpoint(
         ipv4=call.ipv4(),
         ipv6=call.ipv6(),
         mac=call.mac(),
+        attach=call.attach(),
     )
     return wire.EndpointCreated(interface=wire.Interface(mac_address=mac))
 

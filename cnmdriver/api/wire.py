@@ -31,6 +31,7 @@ from cnmdriver.model import (
     PortRequest,
     Subnet,
 )
+from cnmdriver.plan.options import ATTACH
 
 _WORDS = {"id": "ID", "ip": "IP", "ipv4": "IPv4", "ipv6": "IPv6"}
 _MAC = re.compile(r"\A[0-9a-f]{2}(:[0-9a-f]{2}){5}\Z")
@@ -147,6 +148,8 @@ class SandboxOptions(Message, frozen=True, kw_only=True):
     no_proxy_6to4: bool = field(
         name="com.docker.network.driver.private.no_proxy_6to4", default=False
     )
+    attach: str = field(name="pynet.attach", default="")
+    sysctls: str = field(name="com.docker.network.endpoint.sysctls", default="")
 
 
 class SandboxRequest(Message, frozen=True, kw_only=True):
@@ -339,6 +342,17 @@ class CreateEndpoint(SandboxRequest, frozen=True, kw_only=True):
                 " first byte, such as 02"
             )
         return mac
+
+    def attach(self) -> str:
+        """Return how its interface is to get into the sandbox, "" if nobody said."""
+        options = self.options or SandboxOptions()
+        if options.attach not in ("", *ATTACH):
+            raise InvalidParameter(
+                f"option pynet.attach={_shown(options.attach)}: give "
+                f"{' or '.join(ATTACH)}"
+            )
+        # Docker gives its settings to what it moves itself.
+        return options.attach or ("moved" if options.sysctls else "")
 
 
 class EndpointCreated(Message, frozen=True, kw_only=True):

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import (
     AsyncIterator,
     Callable,
+    Collection,
     Coroutine,
     Iterable,
     Iterator,
@@ -28,11 +29,12 @@ from pathlib import Path
 
 import structlog
 
-from cnmdriver.dataplane import announcing, probe
+from cnmdriver.dataplane import announcing, probe, seating
 from cnmdriver.dataplane import sandbox as inside
 from cnmdriver.dataplane.accept import Accepts
 from cnmdriver.dataplane.addresses import Addresses
 from cnmdriver.dataplane.entries import Entries, Reading
+from cnmdriver.dataplane.errands import Errands
 from cnmdriver.dataplane.handler import (
     Handler,
     Step,
@@ -69,6 +71,7 @@ from cnmdriver.plan.ops import (
     Op,
     Plan,
     Route,
+    Seat,
     Sysctl,
     Table,
     Veth,
@@ -155,6 +158,7 @@ class Kernel:
         self._crews: dict[str, Crew] = {}
         self._changing = 0
         self._changed = 0.0
+        self._errands = Errands(self.clear)
         self._staff(self._host)
 
     async def open(self) -> None:
@@ -170,6 +174,7 @@ class Kernel:
 
     async def close(self) -> None:
         """Let go of sockets and threads; what is in the kernel stays."""
+        await self._errands.run()
         async with self._lock:
             await self._sockets.close()
             await self._places.close_all()
@@ -184,6 +189,8 @@ class Kernel:
         `still` is asked, once it is this call's turn, what of the plan is wanted by
         then.
         """
+        if not plan:
+            return
         async with self._lock, self._own_change():
             undo: Undo = []
             self._begin()
@@ -208,14 +215,26 @@ class Kernel:
         Goes on after errors, and raises one KernelError that tells all.
         """
         failures: list[str] = []
+        if not plan:
+            return
         async with self._lock, self._own_change():
             self._begin()
-            for where, kind, ops in _groups(still(plan)[::-1]):
+            for where, kind, ops in _groups(still(plan)[::-1], {Links}):
                 await self._announce("clear", ops)
                 failures += await _failure(self._clear(where, kind, ops))
             failures += await _failure(self._end())
         if failures:
             raise KernelError("; ".join(failures))
+
+    def dismiss(
+        self, plan: Plan, still: Callable[[Plan], Plan] = all_of
+    ) -> asyncio.Future[None]:
+        """
+        Clear a plan soon, with others; return what is done when that is over.
+
+        What could not be cleared is logged, and is found as too much.
+        """
+        return self._errands.add(plan, still)
 
     async def found(self, wanted: Plan = ()) -> Plan:
         """
@@ -223,8 +242,9 @@ class Kernel:
 
         `wanted` adds what has no mark: settings, and rules that nothing calls for.
         The entries of overlays, of which there can be many, are read when others have
-        their turn again.
+        their turn again. What was dismissed is gone before.
         """
+        await self._errands.run()
         readings: list[Reading] = []
         ops: list[Plan] = []
         try:
@@ -296,11 +316,16 @@ class Kernel:
         sandbox: str,
         attachment: Attachment,
         addresses: tuple[IPInterface, ...],
+        seat: Seat | None = None,
     ) -> str:
-        """Give a sandbox the device it has lost; return the name it has there."""
+        """
+        Give a sandbox the device it has lost; return the name it has there.
+
+        One with a seat is made in its place by its plan, and lacks the way out only.
+        """
         async with self._lock:
             return await settled(
-                reattach(self._host.netlink, sandbox, attachment, addresses)
+                reattach(self._host.netlink, sandbox, attachment, addresses, seat)
             )
 
     async def inner(
@@ -353,6 +378,23 @@ class Kernel:
     async def datagram(self, sandbox: str, source: IPAddress, to: IPAddress) -> Echo:
         """Send a datagram that the far kernel refuses if its checksum is right."""
         return await probe.datagram(sandbox, source, to)
+
+    async def inside(self, sandbox: str) -> frozenset[str]:
+        """
+        Return the names of a sandbox's devices.
+
+        Raises KernelError if this daemon could not set up a device there.
+        """
+        return await settled(seating.devices(sandbox))
+
+    async def vacate(self, seat: Seat, leaving: str) -> None:
+        """
+        Put an interface in a sandbox out of the way of the next, under another name.
+
+        If either is gone that is well. It is deleted with the other end of its pair.
+        """
+        if inside.is_there(seat.sandbox):
+            await settled(seating.vacate(seat, leaving))
 
     async def watch(self, heard: Callable[[bool], None]) -> None:
         """
@@ -501,10 +543,16 @@ class Kernel:
                 await asyncio.sleep(0)
 
 
-def _groups(plan: Plan) -> Iterator[tuple[str, type[Handler], Plan]]:
-    """Yield place, handler and operations of each step: mostly one operation."""
+def _groups(
+    plan: Plan, together: Collection[type[Handler]] = ()
+) -> Iterator[tuple[str, type[Handler], Plan]]:
+    """
+    Yield place, handler and operations of each step: mostly one operation.
+
+    `together` adds to the handlers that take all that follow each other.
+    """
     for (where, kind), ops in groupby(plan, key=lambda op: (op.where, _handler(op))):
-        if kind.together:
+        if kind.together or kind in together:
             yield where, kind, tuple(ops)
         else:
             yield from ((where, kind, (op,)) for op in ops)

@@ -11,22 +11,23 @@ costs more than all the rest, and a VXLAN device has its UDP socket where it was
 
 import asyncio
 import errno
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Final, TypeGuard
 
-from cnmdriver.dataplane import kinds
-from cnmdriver.dataplane.handler import Refusal, Undo, only
+from cnmdriver.dataplane import groups, kinds, sandbox, seating
+from cnmdriver.dataplane.handler import Refusal, Undo, only, refusal
 from cnmdriver.dataplane.kinds import Device
 from cnmdriver.dataplane.link import Link, Port
 from cnmdriver.dataplane.place import Place
 from cnmdriver.dataplane.sockets import holder
 from cnmdriver.errors import Conflict, KernelError
 from cnmdriver.model import UDP
-from cnmdriver.plan.ops import GROUP, Bridge, Interface, Plan, Veth, Vxlan
+from cnmdriver.plan.ops import GROUP, Bridge, Interface, Plan, Seat, Veth, Vxlan
 
 MARK = "pynet:"
+NOWHERE: Final[Mapping[str, Any]] = {}
 TRIES, PAUSE = 50, 0.02
 """A namespace that was removed keeps VNIs until the kernel gets round to it."""
 
@@ -59,9 +60,15 @@ class Links:
                     await self._hold(op, undo)
 
     async def clear(self, ops: Plan) -> None:
-        """Remove the devices that are ours; a pair goes with one of its ends."""
+        """
+        Remove the devices that are ours; a pair goes with one of its ends.
+
+        Pairs go together.
+        """
+        pairs = only(ops, Veth)
+        together = bool(pairs) and await self._remove_together(pairs)
         for op in ops:
-            if isinstance(op, Device):
+            if isinstance(op, Device) and not (together and op in pairs):
                 await self._remove(op.name)
 
     async def found(self, wanted: Plan, devices: Plan) -> Plan:
@@ -71,7 +78,7 @@ class Links:
 
     async def devices(self, wanted: Plan) -> Plan:
         """Return our devices, bridges first."""
-        links = await self._netlink.links(GROUP)
+        links = await self._grouped()
         await self._learn(links)
         far = await self._outer.links(GROUP) if self._is_elsewhere else ()
         at = {link.index: link for link in links}
@@ -107,7 +114,7 @@ class Links:
         """Return name and alias of devices that another host of pynet's marked."""
         return tuple(
             (link.name, link.alias)
-            for link in await self._netlink.links(GROUP)
+            for link in await self._grouped()
             if link.alias.startswith(MARK) and not link.alias.startswith(self._mark)
         )
 
@@ -174,6 +181,9 @@ class Links:
         if link is not None and not kinds.fits(op, link, other):
             await self._give_way(link, other, undo)
             link = other = None
+        if link is None and isinstance(op, Veth) and is_seat_there(op.seat):
+            await self._build(op, op.seat, undo)
+            return
         if link is None:
             link = await self._make(op, undo)
         await self._mend(op, link, undo)
@@ -205,17 +215,35 @@ class Links:
             undo.append(partial(self._hold, before, []))
         await self._netlink.remove(link)
 
-    async def _make(self, op: Device, undo: Undo) -> Link:
+    async def _build(self, op: Veth, seat: Seat, undo: Undo) -> None:
+        """Make a pair with its far end in a sandbox, and set that up too."""
+        with seating.opened(seat.sandbox) as descriptor:
+            there = {"ifname": seat.name, "net_ns_fd": descriptor}
+            link = await self._make(op, undo, there)
+            # Docker finds it up and running.
+            await self._mend(op, link, undo)
+            await seating.furnish(descriptor, seat)
+
+    async def _make(
+        self, op: Device, undo: Undo, far: Mapping[str, Any] = NOWHERE
+    ) -> Link:
+        """Make a device; what is said of the far end of a pair goes before `op`."""
         request = kinds.request(op, self._bridge_of(op))
+        if far:
+            request["peer"] |= far
         if isinstance(op, Vxlan):
             await self._refuse_strange_address(op)
         # Noted before it is done: a request that ran out of time may yet succeed.
         undo.append(lambda: self._remove(op.name))
-        made = await self._create(op, request)
+        made = await self._create(op, request, inside=bool(far))
         if not made:
             undo.pop()
         link = await self._netlink.link(op.name)
         if link is None:
+            if not made and far:
+                raise Conflict(
+                    f"an interface {far['ifname']} is needed in a sandbox that has one"
+                )
             if not made:
                 raise Conflict(await self._taken(op))
             raise Conflict(f"device {op.name} was removed while it was made; try again")
@@ -223,9 +251,15 @@ class Links:
             self._refuse_foreign(op, link)
         return link
 
-    async def _create(self, op: Device, request: dict[str, Any]) -> bool:
-        """Make a device; tell whether it was made, False if something is taken."""
-        if not self._is_elsewhere or isinstance(op, Bridge):
+    async def _create(
+        self, op: Device, request: dict[str, Any], *, inside: bool
+    ) -> bool:
+        """
+        Make a device; tell whether it was made, False if something is taken.
+
+        A pair that reaches `inside` a sandbox has no end in the host's namespace.
+        """
+        if not self._is_elsewhere or isinstance(op, Bridge) or inside:
             return await self._netlink.add(op.name, **request)
         there = {"net_ns_fd": self._place.descriptor}
         for _ in range(TRIES):
@@ -286,6 +320,29 @@ class Links:
             )
         return bridge
 
+    async def _grouped(self) -> tuple[Link, ...]:
+        """
+        Return all devices that can be pynet's.
+
+        One whose daemon died while it was being deleted has its alias and a strange
+        group.
+        """
+        return tuple(
+            link
+            for link in await self._netlink.links()
+            if link.group == GROUP or link.alias.startswith(MARK)
+        )
+
+    async def _remove_together(self, pairs: Iterable[Veth]) -> bool:
+        """Remove pairs that are ours at once; tell whether that was possible."""
+        links = [await self.ours(op.name) for op in pairs]
+        indexes = [link.index for link in links if link is not None]
+        what = f"removing {len(indexes)} devices"
+        try:
+            return await self._place.inside.ask(what, groups.remove, indexes)
+        except OSError as error:
+            raise refusal(what, error.errno or 0, error.strerror or "") from error
+
     async def _remove(self, name: str) -> None:
         link = await self.ours(name)
         if link is not None:
@@ -332,6 +389,11 @@ class Links:
             await self._netlink.port(new, new.port)
         if old.up != new.up:
             await self._netlink.change(new, state="up" if new.up else "down")
+
+
+def is_seat_there(seat: Seat | None) -> TypeGuard[Seat]:
+    """Tell whether something is to be built in a sandbox that is there."""
+    return seat is not None and sandbox.is_there(seat.sandbox)
 
 
 def _rank(op: Device) -> int:

@@ -15,14 +15,10 @@ from cnmdriver.dataplane.links import MARK
 from cnmdriver.dataplane.place import Place, Places, identity
 from cnmdriver.errors import Conflict, KernelError
 from cnmdriver.plan.ops import Namespace, Plan
+from cnmdriver.plan.seats import BY_ITSELF
 from cnmdriver.privileges import NO_ENTRY
 
 LOOPBACK = "lo"
-BY_ITSELF = {
-    *("lo", "sit0", "tunl0", "ip6tnl0", "gre0", "gretap0", "erspan0", "ip6gre0"),
-    *("ip_vti0", "ip6_vti0"),
-}
-"""Devices that the kernel may give to every namespace."""
 
 
 class Namespaces:

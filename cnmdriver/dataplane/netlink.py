@@ -21,9 +21,11 @@ from typing import Any, TypeVar
 from pyroute2 import AsyncIPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
+from cnmdriver.dataplane import rtnetlink
 from cnmdriver.dataplane.handler import BOUND, Refusal, refusal, too_slow
 from cnmdriver.dataplane.inside import Inside
 from cnmdriver.dataplane.link import BRIDGE_FLAGS, Link, Port, read
+from cnmdriver.dataplane.packed import Packed
 from cnmdriver.errors import KernelError
 from cnmdriver.model import IPAddress, IPInterface, IPNetwork
 from cnmdriver.plan.sight import Near
@@ -150,15 +152,22 @@ class Netlink:
 
     async def links(self, group: int | None = None) -> tuple[Link, ...]:
         """Return all devices of the namespace, or those of one group."""
-        # Leaving out statistics halves what there is to decode.
-        found = await self._dump("listing the devices", "link", ext_mask=SKIP_STATS)
+        what = "listing the devices"
+        pooled: list[bytes] = []
+        last: list[bytes] = []
+        for _ in range(DUMP_TRIES):
+            try:
+                found, whole = await self._inside.ask(what, rtnetlink.links)
+            except OSError as error:
+                raise refusal(what, error.errno or errno.EIO) from error
+            # As with other dumps: what stays is in one of two of them at least.
+            pooled, last = ([], found) if whole else (pooled + last, found)
+            if whole:
+                break
         # One that was read twice counts as it was read last.
-        latest = {message["index"]: message for message in found}
-        return tuple(
-            read(message)
-            for message in latest.values()
-            if group is None or message.get("IFLA_GROUP") == group
-        )
+        latest = {rtnetlink.index(one): one for one in pooled + last}
+        mark = b"" if group is None else rtnetlink.number(rtnetlink.GROUP, group)
+        return tuple(read(Packed(one)) for one in latest.values() if mark in one)
 
     async def add(self, name: str, **request: Any) -> bool:
         """Make a device; tell whether it was made, False if a name is taken."""

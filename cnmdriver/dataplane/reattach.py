@@ -7,11 +7,13 @@ prefix and the lowest free number (libnetwork osl/interface_linux.go).
 
 from pathlib import Path
 
+from cnmdriver.dataplane.link import Link
 from cnmdriver.dataplane.netlink import Netlink
 from cnmdriver.dataplane.place import Place
 from cnmdriver.dataplane.sandbox import opened
 from cnmdriver.errors import KernelError
 from cnmdriver.model import Attachment, IPInterface
+from cnmdriver.plan.ops import Seat
 
 MOST = 64
 """Devices of one prefix in a sandbox."""
@@ -22,10 +24,19 @@ async def reattach(
     sandbox: str,
     attachment: Attachment,
     addresses: tuple[IPInterface, ...],
+    seat: Seat | None,
 ) -> str:
-    """Move a new device into a sandbox and set it up; return its name there."""
+    """
+    Move a new device into a sandbox and set it up; return its name there.
+
+    One that has its seat already is left as it is, but for the way out.
+    """
     async with opened(sandbox) as place:
-        return await _move(outer, place, attachment, addresses)
+        inner = await place.netlink.link(seat.name) if seat is not None else None
+        if inner is None:
+            return await _move(outer, place, attachment, addresses)
+        await _lead_out(place, inner, attachment)
+        return inner.name
 
 
 async def _move(
@@ -47,10 +58,14 @@ async def _move(
     await place.netlink.change(inner, state="up")
     for address in addresses:
         await place.netlink.add_address(inner, address)
+    await _lead_out(place, inner, attachment)
+    return name
+
+
+async def _lead_out(place: Place, inner: Link, attachment: Attachment) -> None:
     for gateway in (attachment.gateway4, attachment.gateway6):
         if gateway is not None:
             await place.netlink.add_default(inner, gateway)
-    return name
 
 
 async def _free_name(inner: Netlink, prefix: str) -> str:

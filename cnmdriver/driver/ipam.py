@@ -18,6 +18,7 @@ each decision expects the keys it relies on.
 import asyncio
 import re
 import secrets
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -28,7 +29,13 @@ from cnmdriver.driver import claims
 from cnmdriver.driver.blocks import Blocks
 from cnmdriver.driver.claims import Elsewhere, NoneFree, Picker
 from cnmdriver.driver.site import Site
-from cnmdriver.errors import Conflict, Exhausted, InvalidParameter, NotFound
+from cnmdriver.errors import (
+    Conflict,
+    DriverError,
+    Exhausted,
+    InvalidParameter,
+    NotFound,
+)
 from cnmdriver.model import (
     Endpoint,
     IPAddress,
@@ -51,6 +58,12 @@ RESERVED = "a reservation of docker network create"
 WAITING = "a container that is gone or yet to come"
 log = structlog.get_logger()
 
+PATIENCE = 5.0
+"""Seconds to wait for an address that is being given back."""
+PASSING = 0.5
+"""Seconds in which another host is done with an address that it gives back."""
+TICK = 0.01
+"""Seconds between two looks whether it is."""
 ASKS = 3
 """How often other hosts are asked for an address: what they lend may be taken again."""
 
@@ -80,6 +93,9 @@ class Endpoints(Protocol):
     def is_leaving(self, network: str, ip: IPAddress) -> bool:
         """Tell whether an address's endpoint is deleted and its release to come."""
 
+    def departure(self, network: str, ip: IPAddress) -> asyncio.Future[None] | None:
+        """Return what is done when an address's device is gone, None if it is."""
+
     def released(self, network: str, ip: IPAddress) -> None:
         """Hear of the release."""
 
@@ -102,6 +118,8 @@ class IpamDriver:
         self.endpoints = endpoints
         self.blocks = Blocks(site)
         self.lock = asyncio.Lock()
+        self.releases: dict[str, asyncio.Task[None]] = {}
+        """Addresses that are given back when their devices are gone, by key."""
 
     async def request_pool(
         self,
@@ -244,10 +262,11 @@ class IpamDriver:
 
     async def release_pool(self, pool_id: str) -> None:
         """Give a claim back; what is not claimed is given back already."""
-        pools.parse_id(pool_id)
+        pool = pools.parse_id(pool_id)
         for member in self.site.members():
             if pool_id in member.claims:
                 self.endpoints.doubt(member.docker_id)
+        await self.settled_down(records.addresses(pool.space, pool.pool))
 
         def decide(draft: Draft) -> None:
             for member in draft.all(Member, "members/"):
@@ -287,6 +306,7 @@ class IpamDriver:
         identity = pools.parse_id(pool_id)
         if address is not None:
             pools.check_address(identity.pool, address)
+            await self.freed(identity, address)
             await self.reap_holder(identity, address)
 
         picker = Picker()
@@ -309,8 +329,29 @@ class IpamDriver:
             self.take(draft, pool, wish)
             return wish.ip
 
-        chosen = await self.drawn(identity, address, decide)
+        try:
+            chosen = await self.drawn(identity, address, decide)
+        except Conflict:
+            if address is None or not await self.has_passed(identity, address):
+                raise
+            chosen = await self.drawn(identity, address, decide)
         return interface(chosen, identity.pool)
+
+    async def has_passed(self, identity: PoolId, address: IPAddress) -> bool:
+        """
+        Wait for an address that another host has just now, and no endpoint of it.
+
+        It gives it back, or binds it in a moment: tells whether it is free then.
+        """
+        key = records.address(identity.space, identity.pool, address)
+        end = time.monotonic() + PASSING
+        while True:
+            held = self.site.view.get(Reservation, key)
+            if held is None or held.bound or held.host == self.site.host.id:
+                return held is None
+            if time.monotonic() > end:
+                return False
+            await asyncio.sleep(TICK)
 
     async def drawn(
         self,
@@ -432,10 +473,55 @@ class IpamDriver:
         return f"{held.name or (RESERVED if held.bound else WAITING)}{host}"
 
     async def release_address(self, pool_id: str, address: IPAddress) -> None:
-        """Give an address back; another host's or a free one is left as it is."""
+        """
+        Give an address back; another host's or a free one is left as it is.
+
+        While its device is on its way out, that is done when it is gone, and this call
+        does not wait for it.
+        """
         identity = pools.parse_id(pool_id)
-        key = records.address(identity.space, identity.pool, address)
         pool = self.site.view.get(Pool, records.pool(identity.space, identity.pool))
+        over = self.endpoints.departure(pool.network, address) if pool else None
+        if over is None:
+            await self.release(identity, pool, address)
+            return
+        key = records.address(identity.space, identity.pool, address)
+        task = asyncio.create_task(self.release_after(over, identity, pool, address))
+        self.releases[key] = task
+        task.add_done_callback(lambda _: self.releases.pop(key, None))
+
+    async def settled_down(self, prefix: str = "") -> None:
+        """Wait until all addresses are given back that are about to be."""
+        tasks = {t for key, t in self.releases.items() if key.startswith(prefix)}
+        if tasks:
+            await asyncio.wait(tasks, timeout=PATIENCE)
+
+    async def freed(self, identity: PoolId, address: IPAddress) -> None:
+        """Wait for an address that is being given back."""
+        key = records.address(identity.space, identity.pool, address)
+        task = self.releases.get(key)
+        if task is not None:
+            await asyncio.wait({task}, timeout=PATIENCE)
+
+    async def release_after(
+        self,
+        over: asyncio.Future[None],
+        identity: PoolId,
+        pool: Pool | None,
+        address: IPAddress,
+    ) -> None:
+        """Give an address back when its device is gone."""
+        await asyncio.wait({over})
+        try:
+            await self.release(identity, pool, address)
+        except DriverError as error:
+            log.warning("ipam.not_released", address=str(address), error=str(error))
+
+    async def release(
+        self, identity: PoolId, pool: Pool | None, address: IPAddress
+    ) -> None:
+        """Give an address back now."""
+        key = records.address(identity.space, identity.pool, address)
         held = self.site.view.get(Reservation, key)
         try:
             await self.free(key, held)

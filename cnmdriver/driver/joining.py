@@ -358,6 +358,7 @@ class Joining:
             bridge=wish.options.bridge or devices.bridge(network.id),
             host_binding=wish.options.host_binding,
             prefix=wish.options.prefix,
+            attach=wish.options.attach,
             options=tuple(sorted(wish.given.items())),
         )
 

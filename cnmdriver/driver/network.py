@@ -45,7 +45,7 @@ from cnmdriver.model import (
     Reservation,
     Subnet,
 )
-from cnmdriver.plan import devices, firewall, options, router
+from cnmdriver.plan import devices, firewall, options, router, seats
 from cnmdriver.plan.ops import Key
 from cnmdriver.plan.options import VNIS
 from cnmdriver.store import records
@@ -68,13 +68,26 @@ class NetworkDriver:
         self.doubts = Doubts(site)
         self.locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self.creating = asyncio.Lock()
+        self.busy = 0
+        self.idle = asyncio.Event()
+        """Set while nobody works on any network."""
+        self.idle.set()
+        self.owed: set[str] = set()
+        """Endpoints whose interfaces were built anew while Docker was at work."""
 
     @asynccontextmanager
     async def locked(self, docker_id: str) -> AsyncIterator[None]:
         """Let one call at a time work on a network."""
         lock = self.locks.setdefault(docker_id, asyncio.Lock())
-        async with lock:
-            yield
+        self.busy += 1
+        self.idle.clear()
+        try:
+            async with lock:
+                yield
+        finally:
+            self.busy -= 1
+            if not self.busy:
+                self.idle.set()
 
     def is_busy(self, docker_id: str) -> bool:
         """Tell whether a call is at work on a network."""
@@ -138,6 +151,7 @@ class NetworkDriver:
                 return
             for endpoint in self.site.endpoints(member.network):
                 await self.erase(endpoint)
+            await self.sandboxes.all_departed(member.network)
             await self.leave_network(member)
 
     # Endpoints.
@@ -150,13 +164,15 @@ class NetworkDriver:
         ipv4: IPv4Interface | None,
         ipv6: IPv6Interface | None,
         mac: str,
+        attach: str = "",
     ) -> str:
         """
         Take a place in a network; its device is made when the sandbox joins.
 
-        Returns the MAC Docker shall set, "" if Docker chose it. Raises Conflict if an
-        address or the MAC is another endpoint's on whichever host, KernelError if the
-        kernel cannot know of the other hosts' endpoints.
+        `attach` is how, if that is not as the network says. Returns the MAC Docker
+        shall set, "" if Docker chose it. Raises Conflict if an address or the MAC is
+        another endpoint's on whichever host, KernelError if the kernel cannot know of
+        the other hosts' endpoints.
         """
         async with self.locked(docker_id):
             member = self.site.member(docker_id)
@@ -171,9 +187,11 @@ class NetworkDriver:
                 user_mac=bool(mac),
                 ipv4=ipv4,
                 ipv6=ipv6,
+                attach=attach,
             )
             before = self.find(docker_id, endpoint_id)
             await self.remove_forgotten(network, endpoint)
+            await self.sandboxes.departed(endpoint)
             try:
                 await self.site.state.commit_own(
                     lambda draft: self.take_place(draft, network, endpoint)
@@ -216,6 +234,10 @@ class NetworkDriver:
         """Have it looked up whether Docker has a network."""
         self.doubts.add(docker_id)
 
+    def departure(self, network: str, ip: IPAddress) -> asyncio.Future[None] | None:
+        """Return what is done when an address's device is gone, None if it is."""
+        return self.sandboxes.departure(network, ip)
+
     def released(self, network: str, ip: IPAddress) -> None:
         """Hear that Docker has released an address."""
         self.sandboxes.released(network, ip)
@@ -236,7 +258,8 @@ class NetworkDriver:
         key = records.endpoint(network.id, endpoint.id)
         known = draft.get(Endpoint, key)
         if known is not None:
-            same = replace(known, sandbox="", published=(), boot=endpoint.boot)
+            same = replace(known, sandbox="", device="", published=())
+            same = replace(same, boot=endpoint.boot)
             if same != endpoint:
                 raise Conflict(
                     f"endpoint {endpoint.id[:12]} exists with other addresses"
@@ -375,7 +398,10 @@ class NetworkDriver:
                         draft.put(key, loose)
 
         await self.site.state.remove(decide)
-        await self.site.clear(plan)
+        await self.sandboxes.vacate(endpoint)
+        if plan:
+            over = self.site.dataplane.dismiss(plan, self.site.unwanted)
+            self.sandboxes.departs(endpoint, over)
         await self.remotes.update()
 
     def find(self, docker_id: str, endpoint_id: str) -> Endpoint | None:
@@ -400,41 +426,66 @@ class NetworkDriver:
     # Sandboxes.
 
     async def join(self, docker_id: str, endpoint_id: str, sandbox: str) -> Attachment:
-        """Make the device that Docker moves into the sandbox."""
+        """
+        Make an endpoint's device: in the sandbox, or for Docker to move it there.
+
+        What cannot be built in the sandbox is left to Docker, for whatever reason.
+        """
         async with self.locked(docker_id):
             before = self.known(docker_id, endpoint_id)
             member = self.site.member(docker_id)
             network = self.site.network(member)
             endpoint = replace(before, sandbox=sandbox, boot=self.site.boot)
-            self.sandboxes.joined(endpoint)
-            try:
-                await self.put(endpoint)
-                # What others were given up to now is known before its first packet.
-                await self.remotes.update()
-                await self.site.dataplane.apply(self.site.endpoint_plan(endpoint))
-            except (DriverError, asyncio.CancelledError):
-                await self.site.state.remove(lambda draft: self.write(draft, before))
-                raise
-            return attachment(network, member, endpoint)
+            direct = await self.sandboxes.seated(endpoint, member)
+            with self.sandboxes.joining(endpoint):
+                try:
+                    await self.attach(before, direct)
+                except DriverError as error:
+                    if not direct.device:
+                        raise
+                    self.sandboxes.refused(str(error))
+                    direct = replace(endpoint, device="")
+                    await self.attach(before, direct)
+            return attachment(network, member, direct)
+
+    async def attach(self, before: Endpoint, endpoint: Endpoint) -> None:
+        """Write that an endpoint has joined, and make its device."""
+        self.sandboxes.joined(endpoint)
+        try:
+            await self.put(endpoint)
+            # What others were given up to now is known before its first packet.
+            await self.remotes.update()
+            await self.site.dataplane.apply(self.site.endpoint_plan(endpoint))
+        except (DriverError, asyncio.CancelledError):
+            await self.site.state.remove(lambda draft: self.write(draft, before))
+            raise
 
     async def reattach(self, lost: frozenset[Key]) -> list[str]:
         """
         Give sandboxes that have lost their devices the new ones; return what failed.
 
-        A device of an endpoint that joins just now is Docker's to move.
+        A device of an endpoint that joins just now is Docker's to move; one that was
+        built anew then gets its way out when Docker is done.
         """
         problems = []
+        owed, self.owed = self.owed, set()
         for member in list(self.site.members()):
             network = self.site.network(member)
             for endpoint in self.site.endpoints(member.network):
                 keys = {op.key for op in self.site.endpoint_plan(endpoint)}
-                if not keys & lost or not self.sandboxes.has_settled(endpoint):
+                if not keys & lost and endpoint.id not in owed:
+                    continue
+                if not self.sandboxes.has_settled(endpoint):
+                    if endpoint.device:
+                        self.owed.add(endpoint.id)
                     continue
                 try:
+                    given = attachment(network, member, endpoint)
                     name = await self.site.dataplane.reattach(
                         endpoint.sandbox,
-                        attachment(network, member, endpoint),
+                        replace(given, device=devices.peer(endpoint.id)),
                         endpoint.addresses,
+                        seats.seat(endpoint),
                     )
                     log.warning(
                         "network.reattached", endpoint=endpoint.id[:12], device=name
@@ -566,8 +617,8 @@ def attachment(network: Network, member: Member, endpoint: Endpoint) -> Attachme
         if (subnet := network.subnet_of(address.ip)) is not None
     ]  # fmt: skip
     return Attachment(
-        device=devices.peer(endpoint.id),
-        prefix=member.prefix,
+        device="" if endpoint.device else devices.peer(endpoint.id),
+        prefix="" if endpoint.device else member.prefix,
         gateway4=next((g for g in gateways if isinstance(g, IPv4Address)), None),
         gateway6=next((g for g in gateways if isinstance(g, IPv6Address)), None),
         disable_gateway_service=network.gateway == "pynet",

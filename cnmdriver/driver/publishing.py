@@ -43,6 +43,8 @@ class Publisher:
 
     async def publish(self, before: Endpoint, wishes: Sequence[PortRequest]) -> None:
         """Publish all that is wished and nothing else, or leave all as it was."""
+        if not wishes and not before.published:
+            return
         async with self.lock:
             await self.replace(before, wishes)
 

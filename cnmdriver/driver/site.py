@@ -5,6 +5,7 @@ What should be is computed from the view each time; nothing here is remembered t
 view does not have, but for what Docker alone knows (its own bridges).
 """
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ from cnmdriver.model import (
 )
 from cnmdriver.plan import devices, firewall, ops
 from cnmdriver.plan.modes import MODES, Mode
-from cnmdriver.plan.ops import Bridge, Plan, Veth, Vxlan
+from cnmdriver.plan.ops import Bridge, Plan, Seat, Veth, Vxlan
 from cnmdriver.plan.sight import Echo, Filters, Inner, Way
 from cnmdriver.store import records
 from cnmdriver.store.state import State
@@ -54,6 +55,15 @@ class Dataplane(Protocol):
         Take a plan back as far as possible, then raise KernelError for the rest.
 
         `still` says, when it is this call's turn, what of the plan is to go by then.
+        """
+
+    def dismiss(
+        self, plan: Plan, still: Callable[[Plan], Plan] = ...
+    ) -> asyncio.Future[None]:
+        """
+        Clear a plan soon, with others; return what is done when that is over.
+
+        What could not be cleared is logged, and is found as too much.
         """
 
     async def found(self, wanted: Plan = ()) -> Plan:
@@ -89,8 +99,27 @@ class Dataplane(Protocol):
         sandbox: str,
         attachment: Attachment,
         addresses: tuple[IPInterface, ...],
+        seat: Seat | None = None,
     ) -> str:
-        """Give a sandbox the device it has lost; return the name it has there."""
+        """
+        Give a sandbox the device it has lost; return the name it has there.
+
+        One with a seat is made in its place by its plan, and lacks the way out only.
+        """
+
+    async def inside(self, sandbox: str) -> frozenset[str]:
+        """
+        Return the names of a sandbox's devices.
+
+        Raises KernelError if this daemon could not set up a device there.
+        """
+
+    async def vacate(self, seat: Seat, leaving: str) -> None:
+        """
+        Put an interface in a sandbox out of the way of the next, under another name.
+
+        If either is gone that is well. It is deleted with the other end of its pair.
+        """
 
     async def inner(
         self, sandbox: str, pair: Veth, mac: str, towards: Iterable[IPAddress]

@@ -34,6 +34,8 @@ from cnmdriver.store.view import Draft
 
 SETTLE = 0.2
 """Seconds to wait for more of Docker's events, or for its calls to end."""
+CALM = 2.0
+"""Seconds, at most, that a look waits for a moment without calls of Docker's."""
 SHARE = 0.2
 """Of its time that the loop looks at changes that the kernel announces, at most."""
 SOON = 0.3
@@ -132,9 +134,16 @@ class Sync:
                     await self.dirty.wait()
             except TimeoutError:
                 pass
+            await self.calm()
             self.dirty.clear()
             await self.turn()
             self.ended = loop.time()
+
+    async def calm(self) -> None:
+        """Let Docker's calls end: each would wait for the look, and be seen halfway."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CALM):
+                await self.networks.idle.wait()
 
     async def watch(self) -> None:
         """Hear what happens to the kernel, until cancelled."""
@@ -191,6 +200,8 @@ class Sync:
         # Asked for only now: a record is written before the kernel hears of it, so
         # whatever was found has its record by this time, or is to go.
         difference = ops.compare(self.site.desired(), found)
+        if self.networks.sandboxes.underway:
+            difference = ops.less(difference, self.networks.sandboxes.made_now())
         self.took = time.monotonic() - begin
         return difference
 
@@ -235,7 +246,7 @@ class Sync:
             except DriverError as error:
                 log.error("sync.cannot_repair", error=str(error))
                 problems.append(str(error))
-        if lost and self.settle:
+        if (lost or self.networks.owed) and self.settle:
             problems += await self.networks.reattach(frozenset(lost))
         return problems
 

@@ -65,6 +65,7 @@ PAIRS = {
     "gateway": "a pair: one end is a port of the bridge, the other is the gateway",
     "access": "a pair: one end is a port of the bridge, the other is the host's own",
     "endpoint": "a pair: one end is a port of the bridge, the other is for the sandbox",
+    "seat": "a pair: one end is a port of the bridge, the other is in the sandbox",
 }
 """By the kind in the alias."""
 
@@ -74,6 +75,8 @@ class Part:
     """A network or an endpoint: what to call it, its plan, and what Docker adds."""
 
     title: str
+    first: tuple[Command, ...] = ()
+    """What Docker does before the plan."""
     plan: Plan = ()
     docker: tuple[Command, ...] = ()
     remark: str = ""
@@ -96,6 +99,7 @@ def script(host: str, listed: Iterable[Part]) -> str:
         fresh = tuple(op for op in ops.union((part.plan,)) if op.key not in shown)
         shown.update(op.key for op in fresh)
         lines += ["", f"# {'=' * 8} {clean(part.title)}"]
+        lines += sandbox(part.first)
         for purpose, group in groupby(fresh, key=purpose_of):
             lines += block(purpose, tuple(group))
         lines += docker(part)
@@ -110,7 +114,8 @@ def purpose_of(op: Op) -> str:
         case Table():
             return TABLES[op.family]
         case Veth():
-            return PAIRS.get(devices.kind(op.alias), PAIRS["endpoint"])
+            kind = "seat" if op.seat is not None else devices.kind(op.alias)
+            return PAIRS.get(kind, PAIRS["endpoint"])
         case Fdb(mac=ops.FLOOD):
             return "what is for everybody goes to every host"
     return PURPOSES[type(op)]
@@ -150,10 +155,15 @@ def held(op: Hold) -> str:
 
 def docker(part: Part) -> Iterator[str]:
     """Yield what Docker adds to a part."""
-    if part.docker:
-        yield from ("", "# Docker: the sandbox", *map(shlex.join, part.docker))
+    yield from sandbox(part.docker)
     if part.remark:
         yield from ("", f"# {part.remark}")
+
+
+def sandbox(commands: tuple[Command, ...]) -> Iterator[str]:
+    """Yield what Docker does to a sandbox."""
+    if commands:
+        yield from ("", "# Docker: the sandbox", *map(shlex.join, commands))
 
 
 def clean(text: str) -> str:
@@ -177,6 +187,7 @@ def parts(site: Site, members: list[Member]) -> Iterator[Part]:
             seat = seats.get(endpoint.id)
             yield Part(
                 title=f"endpoint {site.name(endpoint.id)} on network {name}",
+                first=seat.opening() if seat else (),
                 plan=site.endpoint_plan(endpoint),
                 docker=seat.commands() if seat else (),
                 remark=remark(network, seat),
@@ -201,16 +212,40 @@ class Seat:
 
     endpoint: Endpoint
     source: str
+    """The device that Docker moves; empty if it is built in the sandbox."""
     device: str
     opens: bool
     gateways: tuple[IPAddress, ...]
 
+    @property
+    def inside(self) -> Command:
+        """Return how a command begins that works in the sandbox."""
+        return ("ip", "-n", self.sandbox)
+
+    @property
+    def sandbox(self) -> str:
+        """Return what `ip netns` would call the sandbox."""
+        return PurePosixPath(self.endpoint.sandbox).name
+
+    def opening(self) -> tuple[Command, ...]:
+        """Return what Docker does before Join, as commands."""
+        return (("ip", "netns", "add", self.sandbox),) if self.opens else ()
+
     def commands(self) -> tuple[Command, ...]:
         """Return what Docker does after Join, as commands."""
-        sandbox = PurePosixPath(self.endpoint.sandbox).name
-        inside = ("ip", "-n", sandbox)
         return (
-            *((("ip", "netns", "add", sandbox),) if self.opens else ()),
+            *(self.moving() if self.source else ()),
+            *(
+                (*self.inside, f"-{g.version}", "route", "add", "default")
+                + ("via", str(g))
+                for g in self.gateways
+            ),
+        )
+
+    def moving(self) -> tuple[Command, ...]:
+        """Return how Docker moves a device."""
+        sandbox, inside = self.sandbox, self.inside
+        return (
             ("ip", "link", "set", self.source, "netns", sandbox, "name", self.device),
             (*inside, "link", "set", self.device, "address", self.endpoint.mac),
             *(
@@ -219,10 +254,6 @@ class Seat:
                 for a in self.endpoint.addresses
             ),
             (*inside, "link", "set", self.device, "up"),
-            *(
-                (*inside, f"-{g.version}", "route", "add", "default", "via", str(g))
-                for g in self.gateways
-            ),
         )
 
 
@@ -240,11 +271,11 @@ def seated(site: Site, members: list[Member]) -> Iterator[Seat]:
     opened: set[str] = set()
     for member, endpoint, offered in joined:
         number = numbers[endpoint.sandbox, member.prefix]
-        numbers[endpoint.sandbox, member.prefix] += 1
+        numbers[endpoint.sandbox, member.prefix] += not endpoint.device
         yield Seat(
             endpoint=endpoint,
             source=attachment(site.network(member), member, endpoint).device,
-            device=f"{member.prefix}{number}",
+            device=endpoint.device or f"{member.prefix}{number}",
             opens=endpoint.sandbox not in opened,
             gateways=offered if way[endpoint.sandbox] == endpoint.id else (),
         )

@@ -70,6 +70,7 @@ def inspect(site: Site, member: Member) -> Json:
         **network(site, member),
         "options": dict(member.options),
         "prefix": member.prefix,
+        "attach": member.attach,
         "host_binding": text(member.host_binding),
         "claims": list(member.claims),
         "members": own,
@@ -100,6 +101,8 @@ def endpoint(site: Site, member: Member, one: Endpoint) -> Json:
         "sandbox": one.sandbox,
         "joined": devices.is_live(one, site.boot),
         "device": devices.port(one.id),
+        "interface": one.device,
+        "attached": "direct" if one.device else "moved",
         "published": [port(published, one) for published in one.published],
     }
 

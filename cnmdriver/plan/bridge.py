@@ -11,7 +11,7 @@ The rules come before the device, so that no packet ever finds the bridge unguar
 """
 
 from cnmdriver.model import Endpoint, Host, IPAddress, Member, Network, Remote
-from cnmdriver.plan import antispoof, devices, router
+from cnmdriver.plan import antispoof, devices, router, seats
 from cnmdriver.plan.ops import HOST, Bridge, Plan, Veth
 
 
@@ -55,6 +55,7 @@ def endpoint(network: Network, member: Member, endpoint: Endpoint, host: Host) -
             hairpin=bool(endpoint.published),
             isolated=not network.icc,
             alias=devices.alias(endpoint.host, "endpoint", endpoint.id),
+            seat=seats.seat(endpoint),
         ),
         *router.published(endpoint),
     )

@@ -12,7 +12,7 @@ object; any other difference is mended in place. A field that is None in a found
 operation is one the kernel does not show, and equals everything.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
@@ -167,13 +167,47 @@ class Address(Op):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Seat:
+    """
+    An interface in a sandbox: its name there, and its addresses.
+
+    The sandbox is Docker's key of it, which only the dataplane opens. What happens to
+    the interface later is between Docker and the container, so it is never compared.
+    """
+
+    sandbox: str
+    name: str
+    addresses: tuple[IPInterface, ...]
+
+    @property
+    def namespace(self) -> str:
+        """Return the last part of the key: what `ip netns` would call the sandbox."""
+        return self.sandbox.rpartition("/")[2]
+
+    def commands(self) -> tuple[Command, ...]:
+        """Return the commands that set it up, once it is there."""
+        ip = ("ip", "-n", self.namespace)
+        off = int(all(address.version == 4 for address in self.addresses))
+        setting = f"net/ipv6/conf/{self.name}/disable_ipv6={off}"
+        return (
+            ("ip", "netns", "exec", self.namespace, "sysctl", "-qew", setting),
+            (*ip, "link", "set", self.name, "up"),
+            *(
+                (*ip, "addr", "add", str(address), "dev", self.name)
+                + (("nodad",) if address.version == 6 else ())
+                for address in self.addresses
+            ),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Veth(Op):
     """
     A pair: `name` is a port of the bridge, `peer` the end in the host's namespace.
 
-    Docker moves that end into a sandbox, or the host uses it itself (`Interface`). The
-    kernel does not show it once it is in a sandbox, so a found pair has None for `peer`
-    and `mac` then.
+    Docker moves that end into a sandbox, or the host uses it itself (`Interface`), or
+    it is built in a sandbox (`seat`), if that is there. The kernel does not show it
+    once it is in a sandbox, so a found pair has None for `peer` and `mac` then.
     """
 
     name: str
@@ -185,6 +219,7 @@ class Veth(Op):
     isolated: bool = False
     up: bool = True
     alias: str | None
+    seat: Seat | None = None
 
     REMAKE: ClassVar[frozenset[str]] = frozenset({"peer", "mac"})
 
@@ -201,15 +236,19 @@ class Veth(Op):
         mode = ("addrgenmode", "none") if self.mtu >= 1280 else ()
         near = () if self.where == HOST else ("netns", self.where)
         ip = self.tool("ip", "link", "set", self.name)
+        far: Command = (self.peer or "",)
+        if self.seat is not None:
+            far = (self.seat.name, "netns", self.seat.namespace)
         return (
             ("ip", "link", "add", self.name, *near, *mtu, *group, "type", "veth")
-            + ("peer", "name", self.peer or "", *mtu, *group)
+            + ("peer", "name", *far, *mtu, *group)
             + ("address", self.mac or ""),
             (*ip, *mode, "master", self.bridge),
             (*ip, "alias", self.alias or ""),
             self.tool("bridge", "link", "set", "dev", self.name)
             + port(hairpin=self.hairpin, isolated=self.isolated),
             (*ip, "up"),
+            *(self.seat.commands() if self.seat is not None else ()),
         )
 
 
@@ -547,6 +586,15 @@ def compare(wanted: Plan, found: Plan) -> Difference:
             for op in found
             if op.key not in want and not (isinstance(op, Sysctl) and op.keep)
         ),
+    )
+
+
+def less(difference: Difference, keys: Collection[Key]) -> Difference:
+    """Return a difference without what lacks, or differs, of some objects."""
+    return Difference(
+        lacking=tuple(op for op in difference.lacking if op.key not in keys),
+        changed=tuple(pair for pair in difference.changed if pair[0].key not in keys),
+        surplus=difference.surplus,
     )
 
 

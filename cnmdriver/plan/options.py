@@ -31,6 +31,8 @@ FALSE = ("false", "0", "f", "no", "off")
 SPOOF = {"allow": True, "deny": False, "true": True, "false": False}
 
 
+ATTACH = ("auto", "moved", "direct")
+"""How interfaces get into sandboxes (`seats`)."""
 GATEWAYS = {"bridge": "pynet", "overlay": "docker"}
 """The modes, each with who is the gateway if the user does not say."""
 MODES = {"flood": "overlay", "host_access": "overlay", "bridge": "bridge"}
@@ -52,6 +54,7 @@ class Options:
     bridge: str = ""
     host_binding: IPAddress | None = None
     prefix: str = "eth"
+    attach: str = "auto"
     unknown: tuple[str, ...] = ()
     """Options of others (`com.docker.network.*`, `org.example.*`): accepted, unused."""
 
@@ -166,6 +169,9 @@ def choice(*words: str) -> Callable[[str, str], str]:
     return read
 
 
+attach = choice(*ATTACH)
+
+
 READERS: Mapping[str, Callable[[str, str], object]] = {
     "pynet.mode": choice(*GATEWAYS),
     "pynet.mtu": mtu,
@@ -177,5 +183,6 @@ READERS: Mapping[str, Callable[[str, str], object]] = {
     "pynet.flood": boolean,
     "pynet.host_access": boolean,
     "pynet.prefix": prefix,
+    "pynet.attach": attach,
     "pynet.spoof": spoof,
 }

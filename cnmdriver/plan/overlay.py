@@ -35,7 +35,7 @@ from cnmdriver.model import (
     Network,
     Remote,
 )
-from cnmdriver.plan import antispoof, devices, firewall, router
+from cnmdriver.plan import antispoof, devices, firewall, router, seats
 from cnmdriver.plan.ops import (
     FLOOD,
     Address,
@@ -116,6 +116,7 @@ def endpoint(network: Network, member: Member, endpoint: Endpoint, host: Host) -
             mtu=network.mtu,
             isolated=not network.icc,
             alias=devices.alias(endpoint.host, "endpoint", endpoint.id),
+            seat=seats.seat(endpoint),
         ),
         Fdb(where=host.namespace, device=port, mac=endpoint.mac),
         *(() if firewall.closed(network) else router.published(endpoint)),

@@ -235,6 +235,7 @@ def member(parts: Parts, record: object) -> bool:
         match(ID, record.docker_id, "docker_id")
     match(DEVICE, record.bridge, "bridge")
     match(PREFIX, record.prefix, "prefix")
+    words(16, attach=record.attach)
     demand(max(len(record.options), len(record.claims)) <= MANY, "number of options")
     for claim in record.claims:
         match(POOL_ID, claim, "claim")
@@ -295,6 +296,8 @@ def endpoint(parts: Parts, record: object) -> bool:
     match(MAC, record.mac, "mac")
     words(128, boot=record.boot)
     words(1024, sandbox=record.sandbox)
+    words(16, attach=record.attach)
+    match(DEVICE, record.device, "device")
     for one in record.addresses:
         usable(one.ip, "address")
     demand(len(record.published) <= MANY, "number of ports")

@@ -176,6 +176,10 @@ class TimedStore:
         """Let go; watches end."""
         await self.store.close()
 
+    async def trouble(self) -> str:
+        """Say what keeps this host's disk from taking anything new."""
+        return await self.store.trouble()
+
     def reread(self) -> None:
         """Look again at the files that a login needs."""
         self.store.reread()

@@ -337,6 +337,7 @@ async def test_endpoint_arrives_as_model_values(docker, networks):
         "ipv4": ip_interface("10.1.0.2/16"),
         "ipv6": ip_interface("fd77:0:0:1::2/64"),
         "mac": "02:ab:cd:00:00:01",
+        "attach": "",
     }
     assert answer == {"Interface": {}}
     assert networks.calls[0][1] == (NETWORK, ENDPOINT)
@@ -349,7 +350,7 @@ async def test_endpoint_without_addresses_has_none(docker, networks, interface):
     """With the null IPAM all is empty: the driver decides."""
     request = sound(ENDPOINT_CALL, Interface=interface)
     kwargs, _ = await accepted(docker, networks, ENDPOINT_CALL, request)
-    assert kwargs == {"ipv4": None, "ipv6": None, "mac": ""}
+    assert kwargs == {"ipv4": None, "ipv6": None, "mac": "", "attach": ""}
 
 
 async def test_answer_has_no_address_that_docker_sent(docker):

@@ -488,3 +488,49 @@ def test_restarts_lose_nothing(cluster: Cluster) -> None:
     asking.join()
     assert lost == []
     assert family_of(other.ip(name)) == socket.AF_INET
+
+
+def connected(container: Container, network: str, **config: object) -> Container:
+    """Connect a running container to a network."""
+    body = {"Container": container.name, "EndpointConfig": config}
+    api(container.host, "POST", f"/networks/{network}/connect", body)
+    return container.look()
+
+
+def test_a_running_container_gets_one_more_overlay(cluster: Cluster) -> None:
+    """Built in place beside docker_gwbridge's: peers and the outside are reached."""
+    blue, red = cluster.network(), cluster.network()
+    one = cluster.scenes[0].run(blue)
+    far_blue, far_red = (cluster.scenes[1].run(name) for name in (blue, red))
+    serve(cluster, far_blue, far_red)
+    connected(one, red)
+    serve(cluster, one)
+    assert sorted(devices(one)) == ["eth0", "eth1", "eth10", "lo"]
+    for name, far in ((blue, far_blue), (red, far_red)):
+        for address in (far.ip(name), far.ip6(name)):
+            assert answers(one, address), (name, address)
+    for address in (one.ip(red), one.ip6(red)):
+        assert answers(far_red, address), address
+    assert one.pings("192.0.2.1")
+    host = cluster.scenes[0].host
+    assert json.loads(host.pynet("diff", "--json").stdout)["lines"] == []
+
+
+def test_an_address_moves_to_another_host(cluster: Cluster) -> None:
+    """Given back where it was built in place, it is had and reached elsewhere."""
+    blue = cluster.network("-o", "pynet.gateway=pynet")
+    home = cluster.network("-o", "pynet.gateway=pynet")
+    boxes = cluster.run(home)
+    address = cluster.scenes[0].run(blue).ip(blue).rpartition(".")[0] + ".9"
+    wish = {"IPAMConfig": {"IPv4Address": address}}
+    serve(cluster, *boxes)
+    for number in (0, 1, 0):
+        one, other = boxes[number], boxes[1 - number]
+        connected(one, blue, **wish)
+        connected(other, blue)
+        assert "eth10" in devices(one)
+        assert answers(other, address)
+        assert one.pings("192.0.2.1")
+        for box in (one, other):
+            body = {"Container": box.name}
+            api(box.host, "POST", f"/networks/{blue}/disconnect", body)

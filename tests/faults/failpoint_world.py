@@ -287,6 +287,8 @@ class World:
         """What it refused."""
         self.sandboxes: dict[str, tuple[str, str]] = {}
         """Sandbox and device of each endpoint that has joined."""
+        self.disconnected: list[str] = []
+        """Sandboxes that live on without the endpoint that was built in them."""
         self.network = ""
         """What Docker calls the latest network."""
         self.daemon.start()
@@ -422,6 +424,10 @@ class World:
             if passed > SOON:
                 self.change()
             time.sleep(0.05)
+        while self.disconnected:
+            box = self.disconnected.pop()
+            assert self.command("ip", "-n", box, "-o", "link").count("\n") == 1
+            self.command("ip", "netns", "del", box)
 
     def change(self) -> None:
         """Let Docker change something in the store."""
@@ -566,9 +572,10 @@ class Networks:
             self.world.command("ip", "netns", "del", box)
             raise
         device = answer["InterfaceName"]["SrcName"]
-        self.world.command(
-            *("ip", "link", "set", device, "netns", box, "name", "eth0", "up")
-        )
+        if device:
+            self.world.command(
+                *("ip", "link", "set", device, "netns", box, "name", "eth0", "up")
+            )
         self.world.sandboxes[endpoint_id] = (box, device)
 
     def box(self, endpoint_id: str) -> str:
@@ -580,7 +587,10 @@ class Networks:
             "NetworkDriver.Leave", NetworkID=docker_id, EndpointID=endpoint_id
         )
         box, device = self.world.sandboxes.pop(endpoint_id, ("", ""))
-        if box:
+        if box and not device:
+            # What was built there is the driver's to take back, and nothing else does.
+            self.world.disconnected.append(box)
+        elif box:
             back = f"link set eth0 down netns 1 name {device}".split()
             self.world.command("ip", "-n", box, *back)
             self.world.command("ip", "netns", "del", box)

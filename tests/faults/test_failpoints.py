@@ -13,7 +13,7 @@ import pytest
 
 from cnmdriver.errors import DriverError
 from tests.dockerd.tools import eventually
-from tests.faults.failpoint_world import SOON, World, differing
+from tests.faults.failpoint_world import KILLED, SOON, World, differing
 from tests.unit.calls import UDP, port
 
 TOGETHER = ({"table", "element"}, {"fdb", "neighbour"})
@@ -33,6 +33,8 @@ class Story:
     undo: Commands
     after: Commands
     shared: bool = False
+    calls: frozenset[str] | None = None
+    """The calls whose steps are tried; all, if it does not say."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +95,13 @@ async def one_is_in_closed_overlay(world: World) -> None:
     await world.start()
 
 
+async def one_is_built_in_place(world: World) -> None:
+    """Have a network whose interfaces are built in the sandbox, with a container."""
+    options = {"pynet.attach": "direct"}
+    await world.create("10.61.0.0/24", "fd61::/64", options=options)
+    await world.start(ports=(port(80, 8080),))
+
+
 async def start(world: World) -> None:
     """Start a container with published ports, at an address of the user's choice."""
     ports = (port(80, 8081), port(53, protocol=UDP))
@@ -131,6 +140,13 @@ STORIES = {
     "container": Story(before=one_is_there, do=start, undo=stop, after=all_goes),
     "plain-container": Story(
         before=one_is_there_plainly, do=start_plainly, undo=stop, after=all_goes
+    ),
+    "direct-container": Story(
+        before=one_is_built_in_place,
+        do=start,
+        undo=stop,
+        after=all_goes,
+        calls=frozenset({"Join", "DeleteEndpoint", "ReleaseAddress"}),
     ),
     "overlay": Story(
         before=nothing, do=create_overlay, undo=remove, after=nothing, shared=True
@@ -186,7 +202,8 @@ async def enumerated(world: World, story: Story) -> list[Step]:
     taken = list(steps_of(world, removing=False))
     await story.undo(world)
     taken += steps_of(world, removing=True)
-    return list(distinct(taken))
+    steps = distinct(taken)
+    return [s for s in steps if story.calls is None or s.call in story.calls]
 
 
 async def play(world: World, story: Story, step: Step, action: str) -> None:
@@ -265,3 +282,23 @@ async def test_each_step(name, action, make_lab):
         world.settles(world.empty, alone=True)
         assert world.admin.get("status")["attention"] == []
         assert world.left() == at_first
+
+
+@pytest.mark.parametrize("before", [one_is_there, one_is_built_in_place])
+async def test_killed_between_the_answer_and_the_removal(before, make_lab):
+    """What Docker was told is removed is removed, by whoever comes next."""
+    with World(make_lab(serve=False).hosts[0]) as world:
+        await before(world)
+        world.tell()
+        world.before = world.look()
+        await start(world)
+        world.tell()
+        world.begin("clear.device:kill")
+        await stop(world)
+        if not world.deaths:
+            assert world.daemon.ask("wait 10") == KILLED
+            world.daemon.start()
+        assert "NetworkDriver.DeleteEndpoint" not in world.deaths
+        world.settles(world.before, alone=False)
+        await all_goes(world)
+        world.settles(world.empty, alone=True)

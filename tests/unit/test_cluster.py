@@ -8,6 +8,7 @@ from ipaddress import ip_address, ip_interface, ip_network
 
 import pytest
 
+from cnmdriver.driver import ipam
 from cnmdriver.driver.sync import Sync
 from cnmdriver.errors import Conflict, DriverError, Exhausted, InvalidParameter
 from cnmdriver.model import (
@@ -932,8 +933,22 @@ async def test_an_address_without_a_name(hosts):
         await two.address(f"local/{POOL}", "10.1.0.7")
 
 
-async def test_an_address_goes_to_one_of_three(slow_hosts):
+async def test_an_address_that_another_host_gives_back_is_waited_for(hosts):
+    """Who wants an address while its owner is giving it back has it a moment later."""
+    one, two, _ = hosts
+    await join(one, two)
+    pool = f"local/{POOL}"
+    await one.address(pool, "10.1.0.200")
+    asking = asyncio.create_task(two.address(pool, "10.1.0.200"))
+    await asyncio.sleep(0.05)
+    assert not asking.done()
+    await one.rig.ipam.release_address(pool, ip_address("10.1.0.200"))
+    assert await asking == ip_interface("10.1.0.200/24")
+
+
+async def test_an_address_goes_to_one_of_three(slow_hosts, monkeypatch):
     """An address wanted by three hosts at once goes to one, and the others are told."""
+    monkeypatch.setattr(ipam, "PASSING", 0.0)
     await join(*slow_hosts)
     wins = Counter()
     for turn in range(200):

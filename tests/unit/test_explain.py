@@ -86,8 +86,9 @@ async def test_docker_puts_a_device_into_its_sandbox(made):
     """What Docker does after Join stands below its mark, in the order it does it."""
     section = text_of(made).split("======== endpoint db on network blue")[1]
     section = section.split("# ====")[0]
-    assert section.split("# Docker: the sandbox\n")[1].split("\n") == [
-        "ip netns add bbbbbbbbbbbb",
+    _, before, after = section.split("# Docker: the sandbox\n")
+    assert before.split("\n")[:2] == ["ip netns add bbbbbbbbbbbb", ""]
+    assert after.split("\n") == [
         "ip link set pc-3a26c64231 netns bbbbbbbbbbbb name eth0",
         "ip -n bbbbbbbbbbbb link set eth0 address 02:42:0a:01:00:03",
         "ip -n bbbbbbbbbbbb addr add 10.1.0.3/24 dev eth0",

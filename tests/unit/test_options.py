@@ -11,7 +11,7 @@ from cnmdriver.plan import options
 from cnmdriver.plan.options import Options
 
 KNOWN = (
-    "pynet.bridge, pynet.flood, pynet.gateway, pynet.host_access, "
+    "pynet.attach, pynet.bridge, pynet.flood, pynet.gateway, pynet.host_access, "
     "pynet.host_binding, pynet.icc, pynet.masquerade, pynet.mode, pynet.mtu, "
     "pynet.prefix, pynet.spoof"
 )

@@ -1,0 +1,233 @@
+"""What Docker's users wait for: connect, disconnect, run, networks, ports."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from tests.bench.labs import Context, Docker, network_body, together
+from tests.bench.measure import Line, row
+
+AT_ONCE = 20
+BRIDGE, MOVED, PYNET = "Docker's bridge", "pynet, attach=moved", "pynet"
+SWARM, CLOSED = "swarm's overlay", "pynet with gwbridge"
+
+
+@contextmanager
+def bridges(docker: Docker) -> Iterator[dict[str, str]]:
+    """Have a network of each kind on one host."""
+    with ExitStack() as stack:
+        yield {
+            BRIDGE: stack.enter_context(docker.network("bridge", "10.231.0.0/24")),
+            PYNET: stack.enter_context(docker.network("pynet", "10.232.0.0/24")),
+            MOVED: stack.enter_context(
+                docker.network("pynet", "10.233.0.0/24", attach="moved")
+            ),
+        }
+
+
+@contextmanager
+def overlays(docker: Docker) -> Iterator[dict[str, str]]:
+    """Have an overlay of each kind, made on one host."""
+    with ExitStack() as stack:
+        make = docker.network
+        yield {
+            SWARM: stack.enter_context(make("overlay", "10.241.0.0/24")),
+            PYNET: stack.enter_context(
+                make("pynet", "10.242.0.0/24", ipam="pynet", gateway="pynet")
+            ),
+            CLOSED: stack.enter_context(make("pynet", "10.243.0.0/24", ipam="pynet")),
+        }
+
+
+def one_by_one(
+    docker: Docker, networks: dict[str, str], rounds: int, lines: tuple[Line, Line]
+) -> None:
+    """Connect and disconnect a container, in turns."""
+    on, off = lines
+    with docker.container() as guest:
+        for turn in range(-2, rounds):
+            for name, network in networks.items():
+                with on.timed(name):
+                    docker.connect(guest, network)
+                time.sleep(0.05)
+                with off.timed(name):
+                    docker.disconnect(guest, network)
+            if turn < 0:
+                on.columns.clear()
+                off.columns.clear()
+
+
+def at_once(
+    docker: Docker, networks: dict[str, str], rounds: int, lines: tuple[Line, Line]
+) -> None:
+    """Connect and disconnect many containers at once, in turns."""
+    on, off = lines
+    refused: Counter[str] = Counter()
+
+    def tried(work: Callable[[str, str], None], network: str, name: str) -> None:
+        def one(guest: str) -> None:
+            try:
+                work(guest, network)
+            except RuntimeError:
+                refused[name] += 1
+
+        together(one, guests)
+
+    with docker.containers(AT_ONCE) as guests:
+        for _ in range(rounds):
+            for name, network in networks.items():
+                before = refused[name]
+                with on.timed(name):
+                    tried(docker.connect, network, name)
+                time.sleep(0.2)
+                missing = refused[name] - before
+                with off.timed(name):
+                    tried(docker.disconnect, network, name)
+                # Docker refuses to disconnect what it could not connect.
+                refused[name] = before + missing
+                time.sleep(0.2)
+    if refused.total():
+        found = ", ".join(f"{name} {many}" for name, many in refused.items() if many)
+        on.note = f"connects that Docker refused: {found}"
+
+
+@row()
+def connect_bridge(context: Context) -> list[Line]:
+    """Measure connect and disconnect on one host."""
+    on = Line(name="network connect", against=BRIDGE, target="≤ 0.45")
+    off = Line(name="network disconnect", against=BRIDGE, target="≤ 0.25")
+    docker = context.alone()
+    with bridges(docker) as networks:
+        one_by_one(docker, networks, context.rounds, (on, off))
+    return [on, off]
+
+
+@row()
+def at_once_bridge(context: Context) -> list[Line]:
+    """Measure many at once on one host."""
+    on = Line(name=f"{AT_ONCE} connects at once", against=BRIDGE, target="≤ 0.15")
+    off = Line(name=f"{AT_ONCE} disconnects at once", against=BRIDGE, target="≤ 0.1")
+    docker = context.alone()
+    with bridges(docker) as networks:
+        at_once(docker, networks, max(2, context.rounds // 5), (on, off))
+    return [on, off]
+
+
+@row()
+def connect_overlay(context: Context) -> list[Line]:
+    """Measure connect and disconnect on overlays."""
+    on = Line(name="overlay: network connect", against=SWARM, target="≤ 0.15")
+    off = Line(name="overlay: network disconnect", against=SWARM, target="≤ 0.25")
+    docker, _ = context.cluster()
+    with overlays(docker) as networks:
+        one_by_one(docker, networks, context.rounds, (on, off))
+    return [on, off]
+
+
+@row()
+def at_once_overlay(context: Context) -> list[Line]:
+    """Measure many at once on overlays."""
+    what = f"overlay: {AT_ONCE} connects at once"
+    on = Line(name=what, against=SWARM, target="≤ 0.15")
+    what = f"overlay: {AT_ONCE} disconnects at once"
+    off = Line(name=what, against=SWARM, target="≤ 0.1")
+    docker, _ = context.cluster()
+    with overlays(docker) as networks:
+        at_once(docker, networks, max(2, context.rounds // 5), (on, off))
+    return [on, off]
+
+
+def share_of_run(
+    docker: Docker, networks: dict[str, str], rounds: int, name: str
+) -> Line:
+    """Measure what a network adds to the start of a container, against none."""
+    line = Line(name=name)
+    took = Line(name="")
+    for turn in range(-1, rounds):
+        for column, network in {"none": "none", **networks}.items():
+            made = docker.create(network)
+            with took.timed(column):
+                docker.start(made)
+            docker.remove(made)
+        if turn < 0:
+            took.columns.clear()
+    nothing = took.middle("none")
+    for column in networks:
+        line.add(column, *(sample - nothing for sample in took.columns[column]))
+    return line
+
+
+@row()
+def run_bridge(context: Context) -> list[Line]:
+    """Measure a network's share of `docker run`."""
+    docker = context.alone()
+    name = "network's share of docker run"
+    with bridges(docker) as networks:
+        line = share_of_run(docker, networks, context.rounds, name)
+    line.against, line.target = BRIDGE, "≤ 0.95 (20.10), ≤ 0.8 (29)"
+    return [line]
+
+
+@row()
+def run_overlay(context: Context) -> list[Line]:
+    """Measure an overlay's share of `docker run`."""
+    docker, _ = context.cluster()
+    name = "overlay's share of docker run"
+    with overlays(docker) as networks:
+        line = share_of_run(docker, networks, context.rounds, name)
+    line.against, line.target = SWARM, "≤ 0.2; ≤ 0.5 with gwbridge"
+    return [line]
+
+
+@row()
+def create_network(context: Context) -> list[Line]:
+    """Measure making and removing a network."""
+    line = Line(name="network create and rm", against=BRIDGE, target="≤ 0.4")
+    docker = context.alone()
+    for turn in range(-1, context.rounds):
+        for column, driver in ((BRIDGE, "bridge"), (PYNET, "pynet")):
+            with line.timed(column):
+                body = network_body(driver, "10.234.0.0/24")
+                made = docker.ask("POST", "/networks/create", body)["Id"]
+                docker.ask("DELETE", f"/networks/{made}")
+        if turn < 0:
+            line.columns.clear()
+    return [line]
+
+
+@row(quick=False)
+def published_ports(context: Context) -> list[Line]:
+    """Measure starting a container with one port, beside many that are published."""
+    docker = context.alone()
+    line = Line(name="start with one port, beside n others", target="flat")
+    sizes = (0, 100, 1000)
+    memory = Line(name="daemon's memory for a port", unit="kB", target="< 2")
+    with bridges(docker) as networks:
+        for column, driver in ((PYNET, PYNET), (BRIDGE, BRIDGE)):
+            for size in sizes if driver == PYNET else sizes[:2]:
+                before = resident(docker)
+                with ExitStack() as stack:
+                    if size:
+                        ports = range(20_000, 20_000 + size)
+                        stack.enter_context(
+                            docker.container(networks[driver], ports=ports)
+                        )
+                    if size == sizes[-1]:
+                        memory.add(PYNET, (resident(docker) - before) / size)
+                    for _ in range(max(3, context.rounds // 2)):
+                        made = docker.create(networks[driver], ports=(19_999,))
+                        with line.timed(f"{column}, n = {size}"):
+                            docker.start(made)
+                        docker.remove(made)
+    line.against = f"{PYNET}, n = 0"
+    return [line, memory]
+
+
+def resident(docker: Docker) -> float:
+    """Return the memory of the daemon of a host, in kB; what is shared counts partly."""
+    pid = docker.host.service_pid("pynet")
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    line = next(x for x in text.splitlines() if x.startswith("Pss:"))
+    return float(line.split()[1])
