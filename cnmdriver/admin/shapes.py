@@ -234,6 +234,79 @@ class Census(TypedDict):
     settings: dict[str, Setting]
 
 
+class Party(TypedDict):
+    """An endpoint of a trace, on whichever host."""
+
+    name: str
+    id: str
+    addresses: list[str]
+    mac: str
+    host: str
+
+
+class Step(TypedDict):
+    """A step of a trace; `well` is null where it could not be looked at."""
+
+    host: str
+    name: str
+    wanted: str
+    found: str
+    well: bool | None
+    remedy: str
+
+
+class Probe(TypedDict):
+    """What became of a ping; `milliseconds` is null if there was no answer."""
+
+    to: str
+    bytes: int
+    milliseconds: float | None
+    error: str
+
+
+class At(TypedDict):
+    """The step that is amiss."""
+
+    host: str
+    hop: str
+
+
+# `from` is a word of Python's.
+Trace = TypedDict(
+    "Trace",
+    {
+        "network": str,
+        "mode": str,
+        "from": Party,
+        "to": Party,
+        "hops": list[Step],
+        "probes": list[Probe],
+        "reachable": bool,
+        "verdict": str,
+        "at": At | None,
+        "remedy": str,
+    },
+)
+"""The way between two endpoints, and where it ends."""
+
+
+class Finding(TypedDict):
+    """One thing that was looked at; `severity` is ok, info, warning or error."""
+
+    check: str
+    severity: str
+    what: str
+    why: str
+    remedy: str
+
+
+class Doctor(TypedDict):
+    """All findings; `code` is 0, 1 for warnings, 2 for errors."""
+
+    findings: list[Finding]
+    code: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
     """What a call answers, and what it reads of the query: name and meaning."""
@@ -268,4 +341,10 @@ SHAPES: Mapping[tuple[str, str], Shape] = {
     ),
     ("GET", "diff"): _shape(Diff),
     ("GET", "census"): _shape(Census),
+    ("GET", "trace"): _shape(
+        Trace,
+        must=True,
+        **{"from": "name, id or address of an endpoint", "to": "the same of another"},
+    ),
+    ("GET", "doctor"): _shape(Doctor),
 }

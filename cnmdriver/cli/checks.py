@@ -22,7 +22,7 @@ MARKS = {True: "ok", False: "!!", None: "?"}
 @asks
 def trace(client: Client, source: str, target: str, *, as_json: bool) -> None:
     """
-    Find where a packet between two endpoints dies: exit code 0 if none does, else 1.
+    Find where a packet between two endpoints dies, and what mends it.
 
     A and B are endpoints of one network, by name, id or address; one is on this host.
     Each step of the way is compared with what it should be, on both hosts, and real
@@ -81,9 +81,8 @@ def doctor(client: Client, *, as_json: bool) -> None:
     """
     Check this host, and the way to each other one, each finding with its remedy.
 
-    Exit code 0 if nothing is amiss, 1 for warnings, 2 for errors. Packets are sent to
-    the other hosts, and from a container here to one on each of them. Nothing is
-    changed.
+    Packets are sent to the other hosts, and from a container here to one on each of
+    them. Nothing is changed.
     """
     try:
         found = client.get("doctor")

@@ -62,6 +62,15 @@ PAGES: Mapping[str, Page] = {
         "0 no difference; 1 a difference, or pynet does not answer; 2 wrong use.",
     ),
     "census": Page(("pynet census", "pynet census --json | jq '.owned | length'")),
+    "trace": Page(
+        ("pynet trace web db", "pynet trace web 10.1.0.32 --json | jq -r .verdict"),
+        "0 packets arrive; 1 they do not, or pynet does not answer; 2 wrong use.",
+    ),
+    "doctor": Page(
+        ("pynet doctor", "pynet doctor --json | jq -r '.findings[].what'"),
+        "0 nothing amiss; 1 warnings; 2 errors, pynet does not run, or wrong use.",
+    ),
+    "report": Page(("pynet report", "pynet report /tmp/bug.tar.gz")),
 }
 
 

@@ -34,7 +34,7 @@ from cnmdriver.insight.pairs import (
     network_name,
 )
 from cnmdriver.insight.report import Json
-from cnmdriver.insight.verdict import SMALL, Below, Seen, is_reached, judge
+from cnmdriver.insight.verdict import FAR_SIDE, SMALL, Below, Seen, is_reached, judge
 from cnmdriver.model import (
     Endpoint,
     Hop,
@@ -46,7 +46,7 @@ from cnmdriver.model import (
     Question,
 )
 from cnmdriver.plan import devices
-from cnmdriver.plan.ops import Veth
+from cnmdriver.plan.ops import Plan, Veth
 from cnmdriver.plan.sight import Echo, Filters, Inner, Way
 from cnmdriver.store import records
 
@@ -102,7 +102,8 @@ async def look(site: Site, pair: Pair, *, repairs: bool) -> Look:
     if other.host != site.host.id:
         peer = site.view.get(Host, records.host(other.host)) or unknown(other.host)
     own = site.endpoint_plan(mine)
-    inner, lost = await into(site, mine, other)
+    found = await site.dataplane.found(site.desired())
+    inner, lost = await into(site, mine, other, found)
     key = records.endpoint(other.network, other.id)
     return Look(
         network=pair.network,
@@ -115,7 +116,7 @@ async def look(site: Site, pair: Pair, *, repairs: bool) -> Look:
         own=own,
         shared=site.network_plan(member) if member is not None else (),
         remote=site.source_plan(key) if peer is not None else (),
-        found=await site.dataplane.found(site.desired()),
+        found=found,
         inner=inner,
         lost=lost,
         way=await way(site, peer),
@@ -146,12 +147,18 @@ def taken(site: Site, mine: Endpoint) -> tuple[IPAddress, ...]:
     return tuple(a.ip for a in mine.addresses if a in others)
 
 
-async def into(site: Site, mine: Endpoint, other: Endpoint) -> tuple[Inner | None, str]:
+async def into(
+    site: Site, mine: Endpoint, other: Endpoint, found: Plan
+) -> tuple[Inner | None, str]:
     """Look into the sandbox, and say what stood in the way."""
     pairs = [op for op in site.endpoint_plan(mine) if isinstance(op, Veth)]
     if not pairs:
         return None, ""
     if not site.dataplane.has_sandbox(mine.sandbox):
+        ports = [op for op in found if isinstance(op, Veth) and op.key == pairs[0].key]
+        if ports and ports[0].peer is None:
+            # The pair does reach into one.
+            return None, f"this daemon does not see {mine.sandbox}"
         return Inner(face=None), "its sandbox is gone"
     families = {a.version for a in mine.addresses}
     towards = [a.ip for a in other.addresses if a.version in families]
@@ -308,7 +315,7 @@ def walked(
         # What both stand on has been seen.
         far = tuple(hop for hop in far if hop not in near)
     if isinstance(far, str):
-        unasked = Hop(name="far side", found=f"not looked at: {far}", well=None)
+        unasked = Hop(name=FAR_SIDE, found=f"not looked at: {far}", well=None)
         yield Seen(host=there, hop=unasked)
     elif far is not None:
         yield from (Seen(host=there, hop=hop) for hop in ordered(far, IN))

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from cnmdriver.model import Hop
 from cnmdriver.plan.sight import Echo
 
+FAR_SIDE = "far side"
+"""The step that says that the other host was not looked at."""
 SMALL = 84
 """Bytes of an ordinary ping."""
 
@@ -60,14 +62,19 @@ def judge(
     unsent = next((echo.error for echo in probes if echo.error), "")
     if unsent or not probes:
         return unable(unsent)
-    unseen = next((seen.hop for seen in path if seen.hop.well is None), None)
-    if unseen is None:
-        return beyond(below, there)
-    line = f"dies where this host cannot see: all of its own is well, {there} was "
-    return Verdict(
-        line=line + unseen.found,
-        remedy=f"run pynet trace on {there}, or start pynet there",
-    )
+    unseen = next((seen for seen in path if seen.hop.well is None), None)
+    return beyond(below, there) if unseen is None else dark(unseen)
+
+
+def dark(unseen: Seen) -> Verdict:
+    """Say that it ends at what could not be looked at."""
+    host, hop = unseen.host, unseen.hop
+    if hop.name == FAR_SIDE:
+        line = f"dies where this host cannot see: all of its own is well, {host} was "
+        remedy = f"run pynet trace on {host}, or start pynet there"
+        return Verdict(line=line + hop.found, remedy=remedy)
+    line = f"dies where nobody looked: on {host}, {hop.name}: {hop.found}"
+    return Verdict(line=line, remedy=hop.remedy or f"on {host}: pynet status")
 
 
 def unable(error: str) -> Verdict:

@@ -13,6 +13,7 @@ from cnmdriver.insight.pairs import choose
 from cnmdriver.insight.trace import answer, trace
 from cnmdriver.insight.verdict import Below, Seen, judge
 from cnmdriver.model import Endpoint, Hop, Question
+from cnmdriver.plan.ops import Veth
 from cnmdriver.plan.sight import Echo, Face, Filters, Inner, Way
 from cnmdriver.store import records
 from tests import scene
@@ -117,6 +118,7 @@ def echo(answered=True, size=84, to=TO):
 WELL = Seen(host="h1", hop=Hop(name="port", found="up"))
 SICK = Seen(host="h2", hop=Hop(name="bridge", found="down", well=False, remedy="up!"))
 DARK = Seen(host="h2", hop=Hop(name="far side", found="not looked at: gone", well=None))
+BLIND = Seen(host="h2", hop=Hop(name="kernel", found="it hangs", well=None))
 NO_BASE = Below(None, None)
 
 
@@ -139,6 +141,12 @@ NO_BASE = Below(None, None)
             [echo(False)],
             NO_BASE,
             "dies where this host cannot see: all of its own is well, h2 was not",
+        ),
+        (
+            [WELL, BLIND],
+            [echo(False)],
+            NO_BASE,
+            "dies where nobody looked: on h2, kernel: it hangs",
         ),
         ([WELL], [echo(False)], NO_BASE, "dies although all is well"),
         (
@@ -256,6 +264,20 @@ async def test_the_other_side_is_broken(pair):
     found = await trace(pair[0].site, "10.9.0.2", "10.9.0.3", repairs=True)
     assert found["verdict"].startswith("dies on h2, tunnel guard: vteps4")
     assert found["at"] == {"host": "h2", "hop": "tunnel guard"}
+
+
+async def test_a_sandbox_that_is_gone(pair):
+    """A sandbox is gone if no device reaches into it; else it is only out of sight."""
+    pair[0].kernel.dead.add("/s/2")
+    pair[0].kernel.silent = True
+    found = await trace(pair[0].site, "10.9.0.2", "10.9.0.3", repairs=True)
+    assert found["verdict"] == "dies on h1, interface: its sandbox is gone"
+    held = pair[0].kernel.ops
+    (port,) = [op for op in held.values() if isinstance(op, Veth) and "pe-" in op.name]
+    held[port.key] = replace(port, peer=None)
+    found = await trace(pair[0].site, "10.9.0.2", "10.9.0.3", repairs=True)
+    (hop,) = [h for h in found["hops"] if h["well"] is None]
+    assert hop["found"] == "this daemon does not see /s/2"
 
 
 async def test_the_other_side_cannot_be_asked(pair):
