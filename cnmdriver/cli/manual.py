@@ -43,6 +43,10 @@ PAGES: Mapping[str, Page] = {
         ("pynet status", "pynet status --json | jq -r '.attention[]'"),
         "0 well; 1 something needs attention, or pynet does not answer; 2 wrong use.",
     ),
+    "watch": Page(
+        ("pynet watch", "pynet watch --json | jq -r '.event'"),
+        "0 ended by Ctrl-C; 1 pynet did not answer at the start; 2 wrong use.",
+    ),
     "network ls": Page(("pynet network ls", "pynet network ls --json")),
     "network inspect": Page(("pynet network inspect blue",)),
     "endpoint ls": Page(

@@ -3,6 +3,8 @@
 import asyncio
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
@@ -384,6 +386,14 @@ def test_nobody_measures_for_nobody(tmp_path):
     assert type(loud.kernel(**given)) is TimedKernel
     store = SqliteStore(tmp_path / "s.db")
     assert quiet.store(store) is store
+
+
+def test_nobody_loads_it_for_nobody():
+    """A daemon that is not looked at does not even load what measures."""
+    program = "import sys, cnmdriver.daemon; print('prometheus_client' in sys.modules)"
+    argv = [sys.executable, "-c", program]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=25, check=True)
+    assert done.stdout == "False\n"
 
 
 async def test_the_dashboard_asks_for_what_there_is(shown, client):
