@@ -172,7 +172,6 @@ def booted(directory: Path, name: str, wire: str, system: Path) -> Iterator[Gues
             *("--system-call-filter=@keyring bpf", f"--directory={root}"),
         ]
         made = Booted(name, switched_on(argv, console), console, wire, argv)
-        stack.callback(clear_groups)
         stack.callback(lambda: ended(made.process))
         made.up()
         yield made
@@ -195,6 +194,7 @@ def cable() -> Iterator[str]:
             subprocess.run(link, check=True)
         yield name
     finally:
+        clear_groups()
         subprocess.run(["ip", "netns", "del", name], check=True)
 
 
