@@ -16,7 +16,7 @@ help:
 	@echo 'make run     serve this machine'"'"'s Docker; installs and starts what is missing'
 	@echo 'make demo    show what pynet does, in namespaces of its own'
 	@echo 'make test    run everything: make check, then all suites on a real Docker'
-	@echo 'make test-vm boot guests of QEMU: install, reboot, firewall, removal, two hosts'
+	@echo 'make test-vm boot machines with systemd: install, reboot, firewall, removal'
 	@echo 'make check   format, lint, types, import layers, tests without root'
 	@echo 'make fmt     format the code'
 	@echo 'make venv    make .venv from requirements.lock'
@@ -56,7 +56,8 @@ test:
 	@deploy/venv
 	@$(BIN)/python tests/run.py $(QUICK)
 
-# Needs some GB below PYNET_VM_DIR (/var/cache/pynet-vm) and half an hour.
+# Needs some GB below PYNET_VM_DIR (/var/cache/pynet-vm). What is booted in namespaces takes
+# minutes; what QEMU boots, without KVM, an hour.
 test-vm:
 	@deploy/packages run lab vm
 	@deploy/venv

@@ -80,12 +80,13 @@ def alone(host: Guest) -> None:
 def state(host: Guest) -> str:
     """Return the files and the kernel's state that removal must bring back."""
     return host.shell(r"""
-find /etc /opt /usr/local \( -path /etc/docker/key.json -o -path /etc/firewalld \) -prune \
-    -o -printf '%p %M %s %l\n' | grep -v 'ld.so.cache\|resolv.conf\|/etc d' | sort
-ip -o link | sed 's/^[0-9]*: //; s/ qdisc.*//' | grep -v docker | sort
+find /etc /opt /usr/local \( -path /etc/docker/key.json -o -name 'firewalld.conf*' \
+    -o -name .pwd.lock -o -name resolv.conf -o -path /etc/firewalld/zones/docker.xml -o -name ld.so.cache \) -prune \
+    -o -type d -printf '%p %M\n' -o -printf '%p %M %s %l\n' | sort
+ip -o link | sed 's/^[0-9]*: //; s/ qdisc.*//; s/@if[0-9]*//' | grep -v docker | sort
 ip netns
 nft list tables | grep -v 'ip6\? \(filter\|nat\|raw\|mangle\)' || true
-iptables -S DOCKER-USER
+iptables-save | grep pynet || true
 systemctl list-unit-files 'pynet*' --no-legend || true
 """)
 
@@ -143,10 +144,9 @@ def rebooted(host: Guest) -> None:
         "ExecMainStartTimestampMonotonic",
         "--value",
     )
-    step(
-        f"rebooted; pynet ready at {times['pynet']:.1f} s of the boot, dockerd begun at {int(began) / 1e6:.1f}"
-    )
-    expect(times["pynet"] <= int(began) / 1e6, True)
+    later = int(began) / 1e6 - times["pynet"]
+    step(f"rebooted; dockerd was begun {later:.3f} s after pynet was ready")
+    expect(later >= 0, True)
     host.until("docker exec web true")
     host.shell("docker run --rm --network blue box ping -c 1 -W 5 web")
     expect(host.shell("pynet diff").strip(), "")
@@ -199,9 +199,6 @@ ip -n outside addr add 198.51.100.2/24 dev out1; ip -n outside link set out1 up
 ip -n outside link set lo up
 systemctl start firewalld
 """)
-    without = host.ask("docker", "run", "--rm", "--network", "blue", "box",
-                       "ping", "-c", "1", "-W", "5", "198.51.100.2")  # fmt: skip
-    step(f"firewalld before install.sh knew of it: ping ends with {without[0]}")
     host.shell(INSTALL, seconds=900)
     for when in ("after install.sh", "after a reload"):
         host.shell("docker run --rm --network blue box ping -c 1 -W 5 web")
@@ -267,25 +264,25 @@ systemctl start etcd
 echo 'store = "etcd://192.0.2.1:2379"' >>/etc/pynet/pynet.toml
 systemctl enable --now pynet.socket pynet.service
 docker network create -d pynet --ipam-driver pynet --subnet 10.1.0.0/24 blue
-docker run -d --name c --network blue --restart always box sleep 100000
+docker run -d --name box --network blue --restart always box sleep 100000
 """)
     step(first.run("pynet", "host", "ls"))
     address = second.shell(
-        "docker inspect -f '{{.NetworkSettings.Networks.blue.IPAddress}}' c"
+        "docker inspect -f '{{.NetworkSettings.Networks.blue.IPAddress}}' box"
     ).strip()
-    said = first.shell(f"docker exec c ping -c 3 -W 5 {address}")
+    said = first.shell(f"docker exec box ping -c 3 -W 5 {address}")
     step(f"over the overlay: {said.strip().splitlines()[-1]}")
     second.reboot()
-    second.until("docker exec c true")
-    first.until(f"docker exec c ping -c 1 -W 5 {address}")
+    second.until("docker exec box true")
+    first.until(f"docker exec box ping -c 1 -W 5 {address}")
     step("the second host rebooted, and its container is reached again")
 
 
 STORIES: dict[str, Callable[[Path, Path], None]] = {
-    "one": one,
-    "two": two,
     "booted-one": booted_one,
     "booted-two": booted_two,
+    "one": one,
+    "two": two,
 }
 
 
@@ -295,6 +292,7 @@ def main(names: list[str]) -> int:
     system = image.made(cache)
     step(f"{system} is made")
     for name in names or STORIES:
+        step(f"story {name}")
         with tempfile.TemporaryDirectory() as directory:
             try:
                 STORIES[name](Path(directory), system)

@@ -16,6 +16,8 @@ from tests.vm.image import GROUP, disk_of
 BOOT = 600.0
 """Seconds for a boot without KVM on a busy machine."""
 MEMORY = "1536"
+AGAIN = 133
+"""With what systemd-nspawn ends when its machine shall boot again."""
 PATHS = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -109,17 +111,21 @@ class Booted(Guest):
     """One of systemd-nspawn's: systemd is its first process, on this machine's kernel."""
 
     wire: str
+    argv: list[str]
     leader: int = 0
 
     def up(self) -> None:
         """Wait until the first process is another one, and has booted."""
         before, end = self.leader, time.monotonic() + BOOT
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         while self.leader == before or self.state() not in {"running", "degraded"}:
+            if self.process.poll() == AGAIN:
+                self.process = switched_on(self.argv, self.console)
             if time.monotonic() > end or self.process.poll() is not None:
                 raise Failed(f"{self.name} does not boot: see {self.console}")
             time.sleep(0.5)
-            self.leader = int((children.read_text().split() or ["0"])[0])
+            number = self.process.pid
+            children = Path(f"/proc/{number}/task/{number}/children").read_text()
+            self.leader = int((children.split() or ["0"])[0])
             # Each boot has a new end of the cable.
             plug = ("link", "set", f"w-{self.name}", "up", "master", "bridge0")
             words = ("ip", "-n", self.wire, *plug)
@@ -165,15 +171,16 @@ def booted(directory: Path, name: str, wire: str, system: Path) -> Iterator[Gues
             # For Docker's containers.
             *("--system-call-filter=@keyring bpf", f"--directory={root}"),
         ]
-        log = stack.enter_context(console.open("wb"))
-        process = subprocess.Popen(
-            argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log
-        )
-        stack.callback(clear_groups)
-        stack.callback(ended, process)
-        made = Booted(name, process, console, wire)
+        made = Booted(name, switched_on(argv, console), console, wire, argv)
+        stack.callback(lambda: ended(made.process))
         made.up()
         yield made
+
+
+def switched_on(argv: list[str], console: Path) -> subprocess.Popen[bytes]:
+    """Start what a machine runs in; what it shows is added to its console."""
+    with console.open("ab") as log:
+        return subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
 
 @contextlib.contextmanager
@@ -187,6 +194,7 @@ def cable() -> Iterator[str]:
             subprocess.run(link, check=True)
         yield name
     finally:
+        clear_groups()
         subprocess.run(["ip", "netns", "del", name], check=True)
 
 

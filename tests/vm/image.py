@@ -32,6 +32,7 @@ UNIT = """
 [Unit]
 Description=What the test asks for
 DefaultDependencies=no
+ConditionVirtualization=!container
 After=systemd-udevd.service
 StartLimitIntervalSec=0
 [Service]
