@@ -133,8 +133,7 @@ class Entries:
 
     async def found(self, wanted: Plan, devices: Plan) -> Plan:
         """Return all entries of our devices."""
-        del wanted
-        reading = await self.reading(devices)
+        reading = await self.reading(wanted, devices)
         if reading is None:
             return ()
         try:
@@ -142,15 +141,20 @@ class Entries:
         finally:
             reading.close()
 
-    async def reading(self, devices: Plan) -> "Reading | None":
-        """Prepare to read all entries, None where there is no overlay."""
+    async def reading(self, wanted: Plan, devices: Plan) -> "Reading | None":
+        """
+        Prepare to read all entries, None where there is no overlay.
+
+        What is `wanted` and there is surely found, whatever comes and goes meanwhile.
+        """
         if not only(devices, Vxlan):
             return None
         kinds = (Bridge, Veth, Vxlan)
         named = [op for op in devices if isinstance(op, kinds)]
         at = {self._netlink.index(op.name): op for op in named}
         known = {index: op for index, op in at.items() if index is not None}
-        return Reading(await self._socket(), known, self._where)
+        entries = frozenset(_entries(wanted))
+        return Reading(await self._socket(), known, self._where, entries)
 
     async def _take_back(self, added: Sequence[Entry]) -> None:
         await self.clear(tuple(added[::-1]))
@@ -177,12 +181,17 @@ class Reading:
     """
 
     def __init__(
-        self, sock: socket.socket, devices: Mapping[int, Op], where: str
+        self,
+        sock: socket.socket,
+        devices: Mapping[int, Op],
+        where: str,
+        wanted: frozenset[Entry],
     ) -> None:
-        """Take the devices whose entries count, by index."""
+        """Take the devices whose entries count, by index, and the wanted entries."""
         self._socket = sock
         self._devices = devices
         self._where = where
+        self._wanted = wanted
         self._numbers = count(1)
 
     def close(self) -> None:
@@ -229,6 +238,48 @@ class Reading:
                 break
         # What stays is in one of two dumps at least.
         found += before + last
+        await self._ask_for_rest(family, names, read, found)
+
+    async def _ask_for_rest(
+        self,
+        family: int,
+        names: Mapping[int, str],
+        read: "Callable[[str, int, int, bytes], Op | None]",
+        found: list[Op],
+    ) -> None:
+        """
+        Ask for each wanted entry that the dumps have not shown; add those there are.
+
+        A dump goes on by counting: it passes by what has moved up since its last
+        portion, and of forwarding entries the kernel does not say so. What has several
+        destinations is not asked for, as only the first of them would be told.
+        """
+        at = {device: index for index, device in names.items()}
+        rest = [
+            op
+            for op in self._wanted.difference(found)
+            if op.device in at and _family(op) == family and op.mac != FLOOD
+        ]
+        for some in _portions(rest):
+            asked = dict(zip(some, self._numbers, strict=False))
+            left = set(asked.values())
+            self._socket.send(
+                b"".join(
+                    _message(GET, REQUEST, number, _question(op, at[op.device]))
+                    for op, number in asked.items()
+                )
+            )
+            while left:
+                data = _received(self._socket, "reading the entries")
+                for kind, place, end in _messages(data):
+                    number = MESSAGE.unpack_from(data, place)[3]
+                    op = None
+                    if number in left and kind == NEW:
+                        op = _entry(names, read, data, place + MESSAGE.size, end)
+                    left.discard(number)
+                    if op is not None:
+                        found.append(op)
+            await asyncio.sleep(0)
 
     async def _read(
         self,
@@ -334,6 +385,20 @@ def _new(op: Entry, index: int) -> tuple[int, bytes]:
 def _replacement(op: Entry, index: int) -> tuple[int, bytes]:
     many = isinstance(op, Fdb) and op.mac == FLOOD
     return CREATE | (APPEND if many else REPLACE), _body(op, index)
+
+
+def _family(op: Entry) -> int:
+    return FAMILIES[op.address.version] if isinstance(op, Neighbour) else AF_BRIDGE
+
+
+def _question(op: Entry, index: int) -> bytes:
+    """Pack what asks for one entry."""
+    head = BODY.pack(_family(op), index, 0, 0, 0)
+    if isinstance(op, Neighbour):
+        return head + _attribute(DESTINATION, op.address.packed)
+    flags = MASTER if op.dst is None else SELF
+    head = BODY.pack(AF_BRIDGE, index, 0, flags, 0)
+    return head + _lladdr(bytes.fromhex(op.mac.replace(":", "")))
 
 
 def _removal(op: Entry, index: int) -> tuple[int, bytes]:

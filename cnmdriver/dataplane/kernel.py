@@ -530,7 +530,7 @@ class Kernel:
             return []
         here = tuple(op for op in wanted if op.where == where)
         devices = await crew.links.devices(here)
-        reading = await crew.entries.reading(devices)
+        reading = await crew.entries.reading(here, devices)
         if reading is not None:
             readings.append(reading)
         quick = (handler for handler in crew.all if handler is not crew.entries)
