@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help run demo venv check fmt test test-vm bench mutate spec lock clean
+.PHONY: help run demo venv check fmt test test-vm bench bench-quick bench-remotes mutate spec lock clean
 
 # Debian keeps the directories of root's programs off other users' PATH.
 export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
@@ -22,7 +22,7 @@ help:
 	@echo 'make venv    make .venv from requirements.lock'
 	@echo 'make spec    write what plugin-spec/ has of the code anew'
 	@echo 'make lock    choose the versions in requirements.lock anew'
-	@echo 'make bench   compare the time of Docker'"'"'s commands on pynet and on bridge'
+	@echo 'make bench   compare pynet with Docker'"'"'s own drivers; make bench-quick: a part'
 	@echo 'make mutate  mutation testing of plan/, driver/ and the model'
 	@echo 'make clean   remove what these have made here'
 
@@ -63,10 +63,16 @@ test-vm:
 	@deploy/venv
 	@$(AS_ROOT) $(BIN)/python -m tests.vm
 
-bench:
+# BENCH has options: make bench BENCH='--dockerd /opt/docker/dockerd --rounds 50'
+bench bench-quick:
+	@deploy/packages run lab bench
+	@deploy/venv
+	@$(AS_ROOT) $(BIN)/python -m tests.bench $(if $(filter bench-quick,$@),--quick) $(BENCH)
+
+# What one remote endpoint more costs, beside 10 to 10,000.
+bench-remotes:
 	@deploy/packages run lab
 	@deploy/venv
-	@$(AS_ROOT) $(BIN)/python -m tests.bench
 	@$(AS_ROOT) $(BIN)/python -m tests.bench.remotes
 
 mutate: venv

@@ -6,7 +6,7 @@ A call that is not in `SHAPES` answers some JSON.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 
 class Removed(TypedDict):
@@ -135,6 +135,8 @@ class Endpoint(TypedDict):
     sandbox: str
     joined: bool
     device: str
+    interface: str
+    attached: Literal["moved", "direct"]
     published: list[Published]
 
 
@@ -143,6 +145,7 @@ class NetworkDetails(Network):
 
     options: dict[str, str]
     prefix: str
+    attach: str
     host_binding: str | None
     claims: list[str]
     members: list[Endpoint]

@@ -113,6 +113,9 @@ class Netlink:
 
     async def link(self, name: str) -> Link | None:
         """Return the device of that name, None if there is none."""
+        # For a new device that is the answer, and by far the cheaper question.
+        if self.index(name) is None:
+            return None
         return await self._link(f"looking for {name}", ifname=name)
 
     async def link_at(self, index: int) -> Link | None:

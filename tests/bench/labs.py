@@ -99,7 +99,14 @@ class Docker(Api):
             for container in inside:
                 body = {"Container": container, "Force": True}
                 self.ask("POST", f"/networks/{network}/disconnect", body)
-            self.ask("DELETE", f"/networks/{network}")
+            try:
+                self.ask("DELETE", f"/networks/{network}")
+            except RuntimeError:
+                # Many at once make 20.10 lose count of its endpoints, until it restarts.
+                self.host.stop_dockerd()
+                self.host.start_dockerd()
+                self.threads = threading.local()
+                self.ask("DELETE", f"/networks/{network}")
 
     @contextmanager
     def container(self, network: str = "bridge", **config: object) -> Iterator[str]:

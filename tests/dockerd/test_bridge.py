@@ -14,6 +14,7 @@ from tests.dockerd.tools import (
     api,
     bridge_of,
     devices,
+    eventually,
 )
 
 pytestmark = [pytest.mark.root, pytest.mark.dockerd, pytest.mark.timeout(60)]
@@ -196,7 +197,7 @@ def test_a_running_container_is_connected_and_disconnected(scene: Scene) -> None
     assert one.pings(two.ip6())
     assert reach(one, two, two.ip()) == one.ip(second)
     scene.host.docker("network", "disconnect", second, one.name)
-    assert list(devices(one.look())) == ["lo", "eth0"]
+    assert eventually(lambda: list(devices(one.look())) == ["lo", "eth0"])
     assert not one.pings(two.ip())
     scene.host.docker("network", "connect", second, one.name)
     assert one.look().pings(two.ip())

@@ -210,8 +210,9 @@ def test_an_internal_network_has_no_use_for_a_gateway(scene: Scene) -> None:
 
 
 KNOWN = (
-    "pynet.bridge, pynet.flood, pynet.gateway, pynet.host_access, pynet.host_binding, "
-    "pynet.icc, pynet.masquerade, pynet.mode, pynet.mtu, pynet.prefix, pynet.spoof"
+    "pynet.attach, pynet.bridge, pynet.flood, pynet.gateway, pynet.host_access, "
+    "pynet.host_binding, pynet.icc, pynet.masquerade, pynet.mode, pynet.mtu, "
+    "pynet.prefix, pynet.spoof"
 )
 
 

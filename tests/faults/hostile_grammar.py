@@ -92,6 +92,7 @@ OPTIONS = {
     "pynet.flood": ["true"],
     "pynet.host_access": ["true"],
     "pynet.host_binding": ["127.0.0.1", "::1", "256.1.1.1"],
+    "pynet.attach": ["auto", "moved", "direct", "both", ""],
     "pynet.prefix": ["eth", "e" * 15, "e" * 16, "a b", "../", ""],
     "pynet.network": [NETWORKS[0], "x" * 300, ""],
     "pynet.space": ["team.a", "/", "a/b", "..", "x" * 65],
