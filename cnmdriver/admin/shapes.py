@@ -234,6 +234,40 @@ class Census(TypedDict):
     settings: dict[str, Setting]
 
 
+class Topology(TypedDict):
+    """All that a picture of the cluster needs; `at` in seconds of Unix time."""
+
+    here: str
+    name: str
+    version: str
+    at: float
+    shared: bool
+    store: str
+    revision: int
+    away: bool
+    attention: list[str]
+    hosts: list[dict[str, object]]
+    networks: list[dict[str, object]]
+    endpoints: list[dict[str, object]]
+
+
+class Trace(TypedDict):
+    """The way between two endpoints, hop by hop, and where it ends."""
+
+    network: str
+    mode: str
+    hops: list[dict[str, object]]
+    probes: list[dict[str, object]]
+    verdict: str
+
+
+class Diagnosis(TypedDict):
+    """What is amiss, and the exit code that says how much."""
+
+    findings: list[dict[str, object]]
+    code: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
     """What a call answers, and what it reads of the query: name and meaning."""
@@ -268,4 +302,15 @@ SHAPES: Mapping[tuple[str, str], Shape] = {
     ),
     ("GET", "diff"): _shape(Diff),
     ("GET", "census"): _shape(Census),
+    ("GET", "topology"): _shape(Topology),
+    ("GET", "trace"): Shape(
+        answer=Trace,
+        query={
+            "from": "name, id or address of an endpoint",
+            "to": "name, id or address of another",
+        },
+        must=True,
+    ),
+    ("GET", "doctor"): _shape(Diagnosis),
+    ("GET", "settings"): _shape(dict[str, object]),
 }
