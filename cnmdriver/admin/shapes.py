@@ -261,11 +261,27 @@ class Trace(TypedDict):
     verdict: str
 
 
+class Finding(TypedDict):
+    """One thing that was looked at."""
+
+    check: str
+    severity: str
+    what: str
+    why: str
+    remedy: str
+
+
 class Diagnosis(TypedDict):
     """What is amiss, and the exit code that says how much."""
 
-    findings: list[dict[str, object]]
+    findings: list[Finding]
     code: int
+
+
+class Log(TypedDict):
+    """The latest lines of the log, each as JSON."""
+
+    lines: list[str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -313,4 +329,5 @@ SHAPES: Mapping[tuple[str, str], Shape] = {
     ),
     ("GET", "doctor"): _shape(Diagnosis),
     ("GET", "settings"): _shape(dict[str, object]),
+    ("GET", "log"): _shape(Log),
 }
