@@ -9,7 +9,8 @@
 #         --security-opt systempaths=unconfined --volume /run:/run:rshared \
 #         --volume /var/lib/pynet:/var/lib/pynet pynet
 #
-# The commands are in it: `docker exec pynet pynet status`. Settings are `--env PYNET_STORE=…`, or a file: `--volume /etc/pynet:/etc/pynet`.
+# Settings are `--env PYNET_STORE=…`, or a file: `--volume /etc/pynet:/etc/pynet`. The
+# commands are in it: `docker exec pynet pynet status`.
 # Docker starts it after it has restored its networks, so that containers of pynet's
 # networks do not come up with Docker: where they must, use plugin-spec/build or
 # deploy/pynet.service.
