@@ -9,7 +9,8 @@
 #         --security-opt systempaths=unconfined --volume /run:/run:rshared \
 #         --volume /var/lib/pynet:/var/lib/pynet pynet
 #
-# Settings are `--env PYNET_STORE=…`, or a file: `--volume /etc/pynet:/etc/pynet`.
+# Settings are `--env PYNET_STORE=…`, or a file: `--volume /etc/pynet:/etc/pynet`. The
+# commands are in it: `docker exec pynet pynet status`.
 # Docker starts it after it has restored its networks, so that containers of pynet's
 # networks do not come up with Docker: where they must, use plugin-spec/build or
 # deploy/pynet.service.
@@ -48,7 +49,6 @@ RUN if ! command -v iptables || ! command -v nft; then \
         && rm -rf /var/lib/apt/lists/*; \
     fi
 COPY --from=build /opt/pynet /opt/pynet
-# For `docker exec pynet pynet status`.
 ENV PATH=/opt/pynet/bin:$PATH
 # It stays root: Docker gives capabilities to no other user, and the plugin's socket is
 # made in a directory that is root's. What root may do, the line above says.

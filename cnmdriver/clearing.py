@@ -89,9 +89,7 @@ async def docker_has(settings: Settings) -> Inventory | None:
         return None
     try:
         async with asyncio.timeout(10):
-            return await DockerApi(settings.docker).inventory(
-                Path(settings.socket).stem
-            )
+            return await DockerApi(settings.docker).inventory(settings.driver_name)
     except (DriverError, TimeoutError):
         return None
 

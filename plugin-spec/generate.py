@@ -289,6 +289,8 @@ def variable(name: str) -> Json:
     field = FIELDS[name]
     default = field.default
     text = f"{default:g}" if isinstance(default, float) else str(default)
+    if isinstance(default, bool):
+        text = text.lower()
     return {
         "name": f"PYNET_{name.upper()}",
         "description": field.metadata["help"],

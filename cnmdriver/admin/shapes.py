@@ -237,6 +237,23 @@ class Census(TypedDict):
     settings: dict[str, Setting]
 
 
+class Topology(TypedDict):
+    """All that a picture of the cluster needs; `at` in seconds of Unix time."""
+
+    here: str
+    name: str
+    version: str
+    at: float
+    shared: bool
+    store: str
+    revision: int
+    away: bool
+    attention: list[str]
+    hosts: list[dict[str, object]]
+    networks: list[dict[str, object]]
+    endpoints: list[dict[str, object]]
+
+
 class Party(TypedDict):
     """An endpoint of a trace, on whichever host."""
 
@@ -310,6 +327,12 @@ class Doctor(TypedDict):
     code: int
 
 
+class Log(TypedDict):
+    """The latest lines of the log, each as JSON."""
+
+    lines: list[str]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
     """What a call answers, and what it reads of the query: name and meaning."""
@@ -344,10 +367,13 @@ SHAPES: Mapping[tuple[str, str], Shape] = {
     ),
     ("GET", "diff"): _shape(Diff),
     ("GET", "census"): _shape(Census),
+    ("GET", "topology"): _shape(Topology),
     ("GET", "trace"): _shape(
         Trace,
         must=True,
         **{"from": "name, id or address of an endpoint", "to": "the same of another"},
     ),
     ("GET", "doctor"): _shape(Doctor),
+    ("GET", "settings"): _shape(dict[str, object]),
+    ("GET", "log"): _shape(Log),
 }

@@ -48,10 +48,11 @@ def remove(host: Host) -> None:
 
 
 def mounts(host: Host) -> list[str]:
-    """Return the places of all mounts, but the one that `ip netns` leaves as well."""
+    """Return what is mounted where a plugin's mounts are, less what `ip netns` leaves."""
     lines = host.exec("cat", "/proc/self/mountinfo").stdout.splitlines()
     places = sorted(line.split()[4] for line in lines)
-    return [place for place in places if place != "/run/netns"]
+    ours = ("/run", "/host", "/var/lib/docker", "/var/lib/pynet")
+    return [p for p in places if p.startswith(ours) and p != "/run/netns"]
 
 
 def processes(host: Host) -> list[str]:

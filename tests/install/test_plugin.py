@@ -61,7 +61,8 @@ def test_the_life_of_a_plugin(lab: Lab, scene: PluginScene) -> None:
     A plugin can be made, set, used, replaced under traffic, and removed.
 
     1. It is built, set and enabled; its daemon has the unit's capabilities.
-    2. An overlay and a bridge network, two containers on each, published ports.
+    2. An overlay and a bridge network, two containers on each, published ports; one is
+       connected to both for a while.
     3. It cannot be disabled, nor set, while networks use it.
     4. Its process is killed; then it is disabled by force, removed, built and enabled
        again, under traffic.
@@ -87,6 +88,9 @@ def test_the_life_of_a_plugin(lab: Lab, scene: PluginScene) -> None:
     clients = [scene.run(wide), scene.run(plain)]
     scene.serve(web, 80)
     reaches(scene, web, clients[0], 8080)
+    host.docker("network", "connect", wide, clients[1].name)
+    assert clients[1].pings(web.ip())
+    host.docker("network", "disconnect", wide, clients[1].name)
 
     done = host.docker("plugin", "disable", NAME, check=False)
     assert "in use" in done.stderr

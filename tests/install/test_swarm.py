@@ -70,16 +70,24 @@ def tasks(host: Host, service: str) -> list[Container]:
     return [Container(host=host, name=name).look() for name in shown]
 
 
-def test_attached_containers(lab: Lab, network: str) -> None:
+def test_a_network_of_a_swarm(lab: Lab, network: str) -> None:
     """
-    Containers of `docker run` on both nodes reach each other, with Docker's own id.
+    A network that the manager makes is one on all nodes, with Docker's own id.
 
     1. The network is created on the manager: Docker shows the VNI that pynet chose.
     2. A container on each node; then one more, on the worker, with an address of the
        user's.
+    3. A service of four replicas, two on each node; it is scaled to two, and removed.
 
-    Result: each reaches each, both hosts have the network under the same id and VNI.
+    Result: containers reach each other, and replicas each other too, by address and by
+    the service's name; both hosts have the network under the same id and VNI.
     """
+    attach(lab, network)
+    serve(lab, network)
+
+
+def attach(lab: Lab, network: str) -> None:
+    """Let containers of `docker run` on both nodes reach each other."""
     manager, worker = lab.hosts
     shown = ("network", "inspect", "-f", f'{{{{.ID}}}} {{{{index .Options "{VNIS}"}}}}')
 
@@ -103,16 +111,8 @@ def test_attached_containers(lab: Lab, network: str) -> None:
         assert words(host) == [identity, vni]
 
 
-def test_a_service(lab: Lab, network: str) -> None:
-    """
-    Replicas of a service on both nodes reach each other, and go with it.
-
-    1. A service of four replicas; two are on each node.
-    2. It is scaled to two.
-    3. It is removed.
-
-    Result: each replica reaches each, by address and by the service's name.
-    """
+def serve(lab: Lab, network: str) -> None:
+    """Let replicas of a service on both nodes reach each other, and go with it."""
     manager = lab.hosts[0]
     words = ("--endpoint-mode=dnsrr", "--no-resolve-image", "--detach")
     stop = ("--stop-signal=SIGKILL", f"--network={network}")
