@@ -16,7 +16,6 @@ from cnmdriver.lab import image as lab_image
 from tests.setup.wheels import CHECKOUT, fetch
 
 SUITE = "bookworm"
-MIRROR = "http://deb.debian.org/debian"
 BASE = """
 systemd systemd-sysv dbus udev kmod iproute2 python3 python3-venv ca-certificates procps
 """.split()  # noqa: SIM905 - a list to read
@@ -94,7 +93,7 @@ def debootstrap(directory: Path, root: Path) -> None:
         shutil.rmtree(root)
     run(
         *("debootstrap", "--variant=minbase", f"--cache-dir={cache}"),
-        *(f"--include={','.join(BASE)}", SUITE, str(root), MIRROR),
+        *(f"--include={','.join(BASE)}", SUITE, str(root)),
     )
     forbid = root / "usr/sbin/policy-rc.d"
     forbid.write_text("#!/bin/sh\nexit 101\n")
