@@ -5,6 +5,7 @@ The daemon is a real one on a real kernel and a real store; Docker is played. It
 directory is a small disk of its own, its log goes elsewhere.
 """
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -30,7 +31,10 @@ pytestmark = [pytest.mark.root, pytest.mark.timeout(180)]
 ROOT = Path(__file__).parents[2]
 STATE = "/var/lib/pynet"
 TEXT = "/run/pynet.text"
-POOLS = ("10.61.0.0/24", "fd61::/64")
+POOLS = ("10.61.0.0/16", "fd61::/64")
+"""So large that a host has more addresses in advance than a disk's log has room for."""
+BLOCKS = 6.0
+"""Seconds until a host can be sure of the blocks that it has taken."""
 FULL = f"the disk that holds {STATE} is full"
 STUCK = f"the disk that holds {STATE} takes no writes"
 PATIENCE = 60.0
@@ -240,6 +244,7 @@ async def test_a_full_disk_while_the_store_is_away(world):
     Result: the last room is kept for removals: none is refused or comes back.
     """
     await populated(world)
+    await asyncio.sleep(BLOCKS)
     world.etcd.stop_etcd()
     world.lose_room()
     told = await world.refusal(world.start)
