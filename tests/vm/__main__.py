@@ -47,6 +47,10 @@ Address=192.0.2.{number}/24
 Gateway=192.0.2.254
 END
 networkctl reload; networkctl reconfigure $(ls /sys/class/net | grep ^e)
+""")
+    # Without KVM its first start takes its time.
+    host.until("docker info >/dev/null 2>&1 || { systemctl start docker; false; }", 300)
+    host.shell("""
 docker import --change 'CMD ["sh"]' - box </root/image.tar >/dev/null
 """)
     host.until(f"ip -4 addr | grep -q 192.0.2.{number}")

@@ -47,7 +47,10 @@ class Guest:
         """Run a command that must succeed; return what it printed."""
         code, out, err = self.ask(*argv, seconds=seconds)
         if code:
-            raise Failed(f"{self.name}: {' '.join(argv)} ended with {code}: {out}{err}")
+            log = self.ask("journalctl", "--no-pager", "-b", "-n", "40", "-p", "info")
+            raise Failed(
+                f"{self.name}: {' '.join(argv)} ended with {code}: {out}{err}\n{log[1]}"
+            )
         return out
 
     def shell(self, script: str, seconds: float = 300.0) -> str:
@@ -62,7 +65,10 @@ class Guest:
             if code == 0:
                 return out
             if time.monotonic() > end:
-                raise Failed(f"{self.name}: never within {seconds} s: {script}: {err}")
+                log = self.ask("journalctl", "--no-pager", "-b", "-n", "40")[1]
+                raise Failed(
+                    f"{self.name}: never within {seconds} s: {script}: {err}\n{log}"
+                )
             time.sleep(1)
 
     def reboot(self) -> None:
