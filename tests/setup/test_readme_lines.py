@@ -15,6 +15,7 @@ from cnmdriver.lab.lab import Lab
 from cnmdriver.lab.machine import Machine
 from tests.dockerd.tools import Scene, eventually, program
 from tests.setup.test_install import DEPLOY
+from tests.setup.wheels import fetch_all
 
 ROOT = DEPLOY.parent
 FIVE_MINUTES = 300.0
@@ -50,7 +51,7 @@ def typed(
 @pytest.mark.dockerd
 @pytest.mark.etcd
 @pytest.mark.timeout(900)
-def test_two_hosts(make_lab: Callable[..., Lab], wheels: Path, tmp_path: Path) -> None:
+def test_two_hosts(make_lab: Callable[..., Lab], tmp_path: Path) -> None:
     """
     Two machines with Docker, Python and a clone are one network in five minutes.
 
@@ -59,6 +60,8 @@ def test_two_hosts(make_lab: Callable[..., Lab], wheels: Path, tmp_path: Path) -
     2. A container starts on each host.
     Result: they reach each other, and each host sees both.
     """
+    wheels = tmp_path / "wheels"
+    fetch_all(wheels)
     said = lines("Two hosts")
     (etcd,) = (line for line in said if line.startswith("etcd --listen"))
     (run,) = (line for line in said if line.startswith("PYNET_STORE="))

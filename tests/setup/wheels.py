@@ -22,6 +22,12 @@ def fetch(directory: Path, *options: str) -> None:
     pip(*words, *options, "--requirement", str(needed))
 
 
+def fetch_all(directory: Path) -> None:
+    """Fetch all that the lock has, the tools of tests included."""
+    words = ("download", "--no-deps", "--require-hashes", "--dest", str(directory))
+    pip(*words, "--requirement", str(CHECKOUT / "requirements.lock"))
+
+
 def build(directory: Path) -> None:
     """Make pynet's wheel of a copy, as building leaves files beside the sources."""
     source = directory / "source"
