@@ -246,7 +246,7 @@ def emulated(
         *("-smp", "1", "-m", MEMORY, "-nodefaults", "-no-user-config"),
         *("-display", "none", "-serial", f"file:{console}"),
         *("-kernel", str(kernel), "-initrd", str(initrd)),
-        *("-append", "root=/dev/vda rw console=ttyS0 apparmor=0 quiet"),
+        *("-append", "root=/dev/vda rw console=ttyS0 apparmor=0 no_timer_check quiet"),
         *("-drive", f"file={disk},format=raw,if=virtio,snapshot=on"),
         *("-device", "virtio-serial"),
         *("-chardev", f"socket,path={path},server=on,wait=off,id=ctl"),
