@@ -519,6 +519,8 @@ async def in_cluster(
     try:
         await hosts.look()
     except InvalidParameter as error:
+        if is_never(settings.vtep):
+            raise
         raise NoAddressError(str(error)) from None
     daemon = Daemon(
         settings, hosts.site, session=session, hosts=hosts, watching=watching
@@ -526,6 +528,14 @@ async def in_cluster(
     hosts.site.state.changed = daemon.hear
     hosts.moved = daemon.sync.wake
     return daemon
+
+
+def is_never(vtep: str) -> bool:
+    """Tell whether this can be no end of a tunnel, now or later in a boot."""
+    with contextlib.suppress(ValueError):
+        address = ip_address(vtep)
+        return address.is_loopback or address.is_link_local or address.is_multicast
+    return vtep == "lo"
 
 
 async def patiently(work: Callable[[], Awaitable[None]]) -> None:

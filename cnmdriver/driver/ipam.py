@@ -331,11 +331,21 @@ class IpamDriver:
 
         try:
             chosen = await self.drawn(identity, address, decide)
-        except Conflict:
-            if address is None or not await self.has_passed(identity, address):
+        except (Conflict, Exhausted):
+            if not await self.comes_free(identity, address):
                 raise
             chosen = await self.drawn(identity, address, decide)
         return interface(chosen, identity.pool)
+
+    async def comes_free(self, identity: PoolId, address: IPAddress | None) -> bool:
+        """Wait for what is just being given back; tell whether to look again."""
+        if address is not None:
+            return await self.has_passed(identity, address)
+        pool = records.addresses(identity.space, identity.pool)
+        if not any(key.startswith(pool) for key in self.releases):
+            return False
+        await self.settled_down(pool)
+        return True
 
     async def has_passed(self, identity: PoolId, address: IPAddress) -> bool:
         """

@@ -39,13 +39,13 @@ def states(host: Host) -> dict[str, str]:
     return {h["name"]: h["state"] for h in shown}
 
 
-def refusal(host: Host, *args: str) -> str:
+def refusal(host: Host, *args: str, code: int = 2) -> str:
     """Start a second daemon's worth of settings on a host; return why it would not."""
     host.stop_pynet()
     try:
         argv = [*host.software.daemon, "--store", store(host), *args]
         done = host.exec(*argv, check=False, timeout=60)
-        assert done.returncode == 2
+        assert done.returncode == code
         return done.stderr.splitlines()[-1]
     finally:
         host.start_pynet()
@@ -74,21 +74,23 @@ def names(host: Host, *, here: bool) -> set[str]:
 def test_one_tunnel_address_twice(lab: Lab) -> None:
     """A tunnel address another live host has is refused, with the remedy."""
     first, second = lab.hosts
-    second.exec(
-        "ip", "addr", "add", f"{first.address4}/32", "dev", "lo", "scope", "host"
-    )
+    second.exec("ip", "addr", "add", f"{first.address4}/32", "dev", "lo")
     try:
         why = refusal(second, "--vtep", str(first.address4))
     finally:
         second.exec("ip", "addr", "del", f"{first.address4}/32", "dev", "lo")
     assert str(first.address4) in why
+    assert first.name in why
     assert "--vtep" in why
 
 
-@pytest.mark.parametrize("vtep", ["lo", "127.0.0.1", "fe80::1", "192.0.2.250", "eth9"])
-def test_addresses_that_cannot_be_a_tunnels_end(lab: Lab, vtep: str) -> None:
-    """A loopback, link-local or absent address, and an unknown device, are refused."""
-    why = refusal(lab.hosts[1], "--vtep", vtep)
+@pytest.mark.parametrize(
+    ("vtep", "code"),
+    [("lo", 2), ("127.0.0.1", 2), ("fe80::1", 2), ("192.0.2.250", 1), ("eth9", 1)],
+)
+def test_addresses_that_cannot_be_a_tunnels_end(lab: Lab, vtep: str, code: int) -> None:
+    """A loopback or link-local address is refused for good; others may be there later."""
+    why = refusal(lab.hosts[1], "--vtep", vtep, code=code)
     assert vtep in why
     assert "--vtep" in why
 
