@@ -10,6 +10,7 @@ Docker that is played, are in `test_failpoints.py`.
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ SOON = 60.0
 """Seconds in which a user who repeats a command must succeed, on a busy machine."""
 AGREED = 20.0
 """Seconds in which Docker's list, the store and the kernel must agree."""
+LATER = 1.5
+"""Seconds in which all is done that a command leaves for after its answer."""
 NAME, BOX = "blue", "box"
 SUBNETS = ("--ipv6", "--subnet", "10.71.0.0/24", "--subnet", "fd71::/64")
 DRIVER = ("-d", "pynet", "--ipam-driver", "pynet")
@@ -176,6 +179,8 @@ def played(world: World) -> list[Step]:
     steps = []
     for number, command in enumerate(LIFE):
         world.give(command)
+        # An address is given back after the answer, when its device is gone.
+        time.sleep(LATER)
         counts: dict[tuple[str, int], int] = {}
         for line in world.news():
             if line["event"] != "failpoint.step" or not line["call"]:
@@ -212,7 +217,7 @@ def live(world: World, step: Step) -> None:
             world.serve(step.armed)
             with world.watched():
                 world.give(command)
-            assert world.killed.is_set(), "it was not reached"
+                assert wait_until(world.killed.is_set, SOON), "it was not reached"
             assert eventually(world.agree, AGREED), world.differences()
         else:
             world.give(command)

@@ -370,7 +370,7 @@ def test_a_host_is_cut_off_past_its_lease(cluster: Cluster) -> None:
         assert "no lease" in " ".join(status(second)["attention"])
     finally:
         cluster.lab.mend(second.name, etcd.name)
-    assert eventually(lambda: in_agreement(cluster), SOON)
+    assert eventually(lambda: in_agreement(cluster), 2 * SOON)
     assert reaches(prober, far)
     assert reaches(prober, near)
 
