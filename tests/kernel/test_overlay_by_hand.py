@@ -124,7 +124,7 @@ def parts(network, number, *, six, ports=()):
             gateways=gateways,
         )
         plan = overlay.endpoint(network, its, end, own)
-        yield Part(title=name, plan=plan, docker=seat.commands())
+        yield Part(title=name, first=seat.opening(), plan=plan, docker=seat.commands())
     yield Part(title="others", plan=others(network, own))
 
 
