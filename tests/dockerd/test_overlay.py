@@ -283,7 +283,8 @@ def test_the_first_packet_is_answered(cluster: Cluster) -> None:
             "EndpointConfig": {"IPAMConfig": {"IPv4Address": address}},
         }
         api(near.host, "POST", f"/networks/{name}/connect", body)
-        if not pinged(prober, address, 0.5):
+        # Late is well on a busy machine: it is one packet, and nobody repeats it.
+        if not pinged(prober, address, 3.0):
             missed.append(address)
         api(
             near.host,
