@@ -328,7 +328,7 @@ class Daemon:
                 self.joined.set()
             except StoreError as error:
                 if self.site.state.away is None:
-                    self.site.state.note(str(error))
+                    self.site.state.suspect(error)
                 await asyncio.sleep(RETRY)
             except DriverError:
                 await session.leave()

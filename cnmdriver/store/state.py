@@ -256,9 +256,7 @@ class State:
         except UsurpedError:
             raise
         except (StoreError, TimeoutError) as error:
-            reason = str(error) or f"it did not answer within {AWAY:g} s"
-            self.note(reason)
-            self.doubt()
+            reason = self.suspect(error)
             return await self.go_alone(decision, reason)
 
     async def go_alone(self, decision: Decision[T], reason: str) -> T:
@@ -607,6 +605,16 @@ class State:
                 self.rewound |= isinstance(error, RewoundError)
                 self.note(str(error))
                 await asyncio.sleep(PAUSE)
+
+    def suspect(self, error: StoreError | TimeoutError) -> str:
+        """Take the store for away until it was asked again; return why."""
+        cause = error.__cause__
+        # Of a store that was away already, what it had said, not that it was away.
+        reason = str(cause if isinstance(cause, StoreError) else error)
+        reason = reason or f"it did not answer within {AWAY:g} s"
+        self.note(reason)
+        self.doubt()
+        return reason
 
     def doubt(self) -> None:
         """Have the store asked whether it is there: a call found it away."""

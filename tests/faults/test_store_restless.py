@@ -19,7 +19,7 @@ from cnmdriver.lab.etcd import Member
 from cnmdriver.lab.lab import Lab
 from tests.dockerd.cluster import Cluster, nothing_is_left
 from tests.dockerd.tools import Container, api, eventually, program
-from tests.faults.test_store_away import SOON, in_agreement, reaches, status
+from tests.faults.test_store_away import AHEAD, SOON, in_agreement, reaches, status
 
 pytestmark = [
     pytest.mark.root,
@@ -33,18 +33,25 @@ EVERY = 10.0
 DEATHS = 3
 DELAY = 1.0
 """Seconds that a slow store takes to answer."""
+SLOWLY = 40.0
+"""Seconds for some ten of its answers, and for what is tried again meanwhile."""
 QUOTA = 4 << 20
 """Bytes that etcd may have on its disk before it is full."""
 PORT = 4379
 
 
-def settled(cluster: Cluster) -> None:
+def settled(cluster: Cluster, timeout: float = SOON) -> None:
     """Wait until all agree; then remove everything."""
-    assert eventually(lambda: in_agreement(cluster), SOON), [
-        status(host)["attention"] for host in cluster.lab.hosts
-    ]
+    agreed(cluster, timeout)
     cluster.stack.close()
     assert nothing_is_left(cluster)
+
+
+def agreed(cluster: Cluster, timeout: float) -> None:
+    """Wait until all agree."""
+    assert eventually(lambda: in_agreement(cluster), timeout), [
+        status(host)["attention"] for host in cluster.lab.hosts
+    ]
 
 
 def attach(network: str, container: Container) -> str:
@@ -172,7 +179,7 @@ def test_a_slow_store(make_lab: Callable[..., Lab]) -> None:
             assert proxy.stdout.readline() == "ready\n"
             host.start_pynet()
         cluster = stack.enter_context(Cluster(lab))
-        assert eventually(lambda: in_agreement(cluster), SOON)
+        agreed(cluster, SLOWLY)
         name = cluster.network()
         one, other = cluster.run(name)
         assert reaches(one, other)
@@ -180,7 +187,7 @@ def test_a_slow_store(make_lab: Callable[..., Lab]) -> None:
             extra = cluster.scenes[0].run(name)
             cluster.scenes[0].remove(extra)
         assert not any(status(host)["store"]["away"] for host in lab.hosts)
-        settled(cluster)
+        settled(cluster, SLOWLY)
 
 
 def test_a_full_store(make_lab: Callable[..., Lab]) -> None:
@@ -198,6 +205,7 @@ def test_a_full_store(make_lab: Callable[..., Lab]) -> None:
         name = cluster.network()
         first, second = cluster.run(name)
         extra = cluster.scenes[0].run("bridge")
+        time.sleep(AHEAD)
         blob = "x" * (QUOTA // 16)
         for number in range(64):
             done = member.exec(
@@ -219,7 +227,7 @@ def test_a_full_store(make_lab: Callable[..., Lab]) -> None:
         ask(member, "compaction", str(revision["revision"]))
         ask(member, "defrag")
         ask(member, "alarm", "disarm")
-        assert eventually(lambda: in_agreement(cluster), SOON)
+        agreed(cluster, SOON)
         far = cluster.scenes[1].run(name)
         assert reaches(far, first)
         settled(cluster)

@@ -727,6 +727,19 @@ async def test_a_lost_watch(one, two, quick):
     assert [entry["event"] for entry in logs] == ["store.away", "store.back"]
 
 
+async def test_a_store_that_was_suspected_in_vain(one):
+    """Whoever takes the store for away has it asked at once, and so it is back."""
+    reason = StoreError("the store has been away since 1: a; try again")
+    reason.__cause__ = StoreError("a")
+    with structlog.testing.capture_logs() as logs:
+        async with following(one):
+            await until(lambda: one.store.starts)
+            assert one.state.suspect(reason) == "a"
+            assert one.state.away == "a"
+            await until(lambda: one.state.away is None)
+    assert [entry["event"] for entry in logs] == ["store.away", "store.back"]
+
+
 async def test_compacted_history(one, two, quick):
     """A watch whose start the store has forgotten begins anew after a whole reading."""
     read, store = one.store.read, one.store.store

@@ -33,6 +33,7 @@ REFUSALS = (
             r"|already exists in network|is not connected|already in use by container"
             r"|not running|context canceled|already attached|not receive an exit event"
             r"|task \w+: already exists|userland proxy: .* address already in use"
+            r"|failed to start shim: mkdir \S+: file exists"
         ),
     ),
 )
