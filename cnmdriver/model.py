@@ -97,7 +97,7 @@ class Member:
     bridge: str = ""
     host_binding: IPAddress | None = None
     prefix: str = "eth"
-    attach: str = "moved"
+    attach: str = "auto"
     """How interfaces get into sandboxes: `moved`, `direct` or `auto`."""
     options: tuple[tuple[str, str], ...] = ()
     claims: tuple[str, ...] = ()

@@ -54,7 +54,7 @@ class Options:
     bridge: str = ""
     host_binding: IPAddress | None = None
     prefix: str = "eth"
-    attach: str = "moved"
+    attach: str = "auto"
     unknown: tuple[str, ...] = ()
     """Options of others (`com.docker.network.*`, `org.example.*`): accepted, unused."""
 

@@ -182,12 +182,11 @@ def network_body(
     driver: str, subnet: str, *, ipam: str = "", name: str = "", **options: str
 ) -> dict[str, Any]:
     """Return what a network is created with; options are pynet's."""
-    wishes = {"attach": "auto", **options} if driver == "pynet" else options
     body: dict[str, Any] = {
         "Name": name or f"bench{next(NUMBERS)}",
         "Driver": driver,
         "IPAM": {"Driver": ipam or "default", "Config": [{"Subnet": subnet}]},
-        "Options": {f"pynet.{key}": value for key, value in wishes.items()},
+        "Options": {f"pynet.{key}": value for key, value in options.items()},
     }
     return body | ({"Attachable": True} if driver == "overlay" else {})
 

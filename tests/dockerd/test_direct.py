@@ -53,13 +53,10 @@ def asked(host: Host, *words: str) -> Any:
     return json.loads(host.pynet(*words, "--json", check=False).stdout)
 
 
-AUTO = ("-o", "pynet.attach=auto")
-
-
 def both(number: int, *options: str) -> tuple[str, ...]:
     """Return the options of a network of both families, and pynet's addresses."""
     pools = ("--subnet", f"10.5.{number}.0/24", "--subnet", f"fd05:{number}::/64")
-    return (*AUTO, "--ipam-driver", "pynet", "--ipv6", *pools, *options)
+    return ("--ipam-driver", "pynet", "--ipv6", *pools, *options)
 
 
 def connect(container: Container, network: str, **config: object) -> Container:
@@ -168,7 +165,7 @@ def test_the_way_out_is_handed_over(scene: Scene) -> None:
 
 def test_ports_end_to_end(scene: Scene) -> None:
     """Ports are published by the network whose gateway it is, while it is."""
-    inner = scene.network(*AUTO, "--internal", "--subnet", "10.6.3.0/24")
+    inner = scene.network("--internal", "--subnet", "10.6.3.0/24")
     outer = scene.network(*both(4))
     one = scene.serve(scene.run(inner, "-p", f"8088:{PORT}"), PORT)
     assert scene.outside.tcp("192.0.2.11", 8088, 0.4) is None
@@ -186,7 +183,7 @@ def test_ports_end_to_end(scene: Scene) -> None:
 def test_settings_of_the_container(scene: Scene) -> None:
     """What `--sysctl` said for later devices holds; IPv6 is on where it has some."""
     first, second = scene.network("--subnet", "10.6.4.0/24"), scene.network(*both(5))
-    third = scene.network(*AUTO, "--subnet", "10.6.5.0/24")
+    third = scene.network("--subnet", "10.6.5.0/24")
     sysctls = (
         "--sysctl=net.ipv4.conf.default.arp_ignore=1",
         "--sysctl=net.ipv6.conf.all.disable_ipv6=1",
@@ -209,7 +206,7 @@ def test_who_chooses(scene: Scene) -> None:
     """`moved` keeps Docker's way and `direct` takes the other, also for one alone."""
     moved = scene.network("-o", "pynet.attach=moved", "--subnet", "10.6.6.0/24")
     direct = scene.network("-o", "pynet.attach=direct", "--subnet", "10.6.7.0/24")
-    auto = scene.network(*AUTO, "-o", "pynet.prefix=lan", "--subnet", "10.6.8.0/24")
+    auto = scene.network("-o", "pynet.prefix=lan", "--subnet", "10.6.8.0/24")
     one = scene.run(auto)
     assert names(one) == ["lan0"]
     connect(one, moved)

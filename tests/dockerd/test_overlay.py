@@ -500,8 +500,7 @@ def connected(container: Container, network: str, **config: object) -> Container
 
 def test_a_running_container_gets_one_more_overlay(cluster: Cluster) -> None:
     """Built in place beside docker_gwbridge's: peers and the outside are reached."""
-    auto = ("-o", "pynet.attach=auto")
-    blue, red = cluster.network(), cluster.network(*auto)
+    blue, red = cluster.network(), cluster.network()
     one = cluster.scenes[0].run(blue)
     far_blue, far_red = (cluster.scenes[1].run(name) for name in (blue, red))
     serve(cluster, far_blue, far_red)
@@ -520,7 +519,7 @@ def test_a_running_container_gets_one_more_overlay(cluster: Cluster) -> None:
 
 def test_an_address_moves_to_another_host(cluster: Cluster) -> None:
     """Given back where it was built in place, it is had and reached elsewhere."""
-    blue = cluster.network("-o", "pynet.gateway=pynet", "-o", "pynet.attach=auto")
+    blue = cluster.network("-o", "pynet.gateway=pynet")
     home = cluster.network("-o", "pynet.gateway=pynet")
     boxes = cluster.run(home)
     address = cluster.scenes[0].run(blue).ip(blue).rpartition(".")[0] + ".9"

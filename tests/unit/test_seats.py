@@ -23,8 +23,7 @@ async def docker(tmp_path):
 
 async def joined(docker: Docker, **options: str) -> Endpoint:
     """Start a container on a network of its own, and return its record."""
-    wishes = {"attach": "auto", **options}
-    said = {f"pynet.{key}": value for key, value in wishes.items()}
+    said = {f"pynet.{key}": value for key, value in options.items()}
     await docker.create("n1", "10.1.0.0/24", "fd00:1::/64", options=said)
     await docker.start("c1", "n1")
     return record(docker)
