@@ -59,6 +59,8 @@ class Blocks:
         self.news = asyncio.Event()
         self.counted = -PACE
         """When it was last looked at what is free."""
+        self.owed = True
+        """Whether that is to be done again, as soon as it may be."""
         self.given: dict[str, float] = {}
         """When a block was given up because somebody asked, by key."""
 
@@ -77,17 +79,19 @@ class Blocks:
             await asyncio.sleep(CALM)
             due = self.counted + PACE - time.monotonic()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(due if due > 0 else REVIEW):
+                async with asyncio.timeout(max(due, 0) if self.owed else REVIEW):
                     await self.news.wait()
             self.news.clear()
+            self.owed = True
 
     async def turn(self) -> None:
         """Do all that is to be done now; raises DriverError if the store is away."""
         for key in list(self.asked(self.site.view)):
             await self.site.state.commit(partial(self.lend, key=key))
-        if time.monotonic() >= self.counted + PACE:
+        if self.owed and time.monotonic() >= self.counted + PACE:
             self.counted = time.monotonic()
             await self.fill()
+            self.owed = False
 
     async def fill(self) -> None:
         """Take what is lacking in advance, and make sure of what is taken."""

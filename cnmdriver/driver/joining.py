@@ -14,6 +14,7 @@ import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Interface, IPv6Interface
+from itertools import combinations
 
 import structlog
 
@@ -101,6 +102,7 @@ class Joining:
                 log.info("network.option_unused", option=key)
         # Docker's null IPAM has 0.0.0.0/0, which is no subnet.
         real = tuple(s for s in subnets if s.pool.prefixlen)
+        check_apart(real)
         if chosen.mtu is not None:
             check_mtu(chosen.mtu, real)
         return Wish(
@@ -523,6 +525,15 @@ def word(value: object) -> str:
 def short(key: str) -> str:
     """Return the name of an option of ours, however it is spelt."""
     return options.ALIASES.get(key, key).removeprefix("pynet.")
+
+
+def check_apart(subnets: Iterable[Subnet]) -> None:
+    """Raise InvalidParameter if one subnet of a network overlaps another."""
+    for one, other in combinations([subnet.pool for subnet in subnets], 2):
+        if pools.overlap(one, other):
+            raise InvalidParameter(
+                f"subnet {other} overlaps {one} of the same network; choose another"
+            )
 
 
 def check_mtu(mtu: int, subnets: Iterable[Subnet]) -> None:

@@ -149,6 +149,8 @@ class Small(World):
         before = len(self.log())
         self.daemon.ask("start 3 ")
         assert self.daemon.ask("wait 30") == "2"
+        # What it said goes through a pipe.
+        assert wait_until(lambda: self.log()[before:].endswith("\n"), PATIENCE)
         (line,) = self.log()[before:].splitlines()
         return line
 

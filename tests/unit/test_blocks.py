@@ -3,6 +3,7 @@
 import asyncio
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,6 +19,39 @@ from tests.unit.calls import Docker
 
 NET = "n" * 12
 SMALL = ip_network("10.1.0.0/24")
+
+
+class Idle(module.Blocks):
+    """Blocks of a host that has none; it counts how often it looks for some."""
+
+    def __init__(self):
+        """Have a store, and nothing in it."""
+        state = SimpleNamespace(away=None)
+        super().__init__(SimpleNamespace(state=state, view=View("a")))
+        self.looks = 0
+
+    def asked(self, _):
+        return ()
+
+    async def fill(self):
+        self.looks += 1
+
+
+async def test_what_is_heard_is_looked_at_soon(monkeypatch):
+    """News between two looks, however late, is looked at after the next; no news not."""
+    monkeypatch.setattr(module, "PACE", 0.3)
+    monkeypatch.setattr(module, "CALM", 0.1)
+    for late in (0.0, 0.1, 0.2, 0.25, 0.29):
+        idle = Idle()
+        task = asyncio.create_task(idle.run())
+        await asyncio.sleep(late)
+        idle.wake()
+        await asyncio.sleep(0.5)
+        assert idle.looks == 2
+        await asyncio.sleep(0.5)
+        assert idle.looks == 2
+        task.cancel()
+        await asyncio.wait([task])
 
 
 class Known:

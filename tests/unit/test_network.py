@@ -468,6 +468,17 @@ async def test_an_address_of_no_subnet(docker, address):
     assert found(docker, Endpoint) == []
 
 
+async def test_subnets_that_overlap(docker):
+    """A network cannot have a subnet twice, as no record of it could be read."""
+    with pytest.raises(InvalidParameter) as refused:
+        await docker.rig.networks.create(
+            RED, subnets=(PLAIN, PLAIN), options={}, internal=False
+        )
+    text = f"subnet {PLAIN.pool} overlaps {PLAIN.pool} of the same network"
+    assert str(refused.value) == f"{text}; choose another"
+    assert everything(docker) == ([], [])
+
+
 async def test_the_gateways_address(docker):
     """An endpoint cannot have the gateway's address."""
     await plain(docker)
