@@ -54,6 +54,8 @@ def one_by_one(
                 time.sleep(0.05)
                 with off.timed(name):
                     docker.disconnect(guest, network)
+                # What one leaves to do afterwards is no part of the next one's time.
+                time.sleep(0.1)
             if turn < 0:
                 on.columns.clear()
                 off.columns.clear()
