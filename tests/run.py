@@ -21,7 +21,7 @@ from xml.etree import ElementTree as ET
 TESTS = Path(__file__).parent
 LIMIT = 2700
 """Seconds for one suite."""
-WORKERS = 2
+WORKERS = 3
 NO_TESTS = 5
 """pytest's exit code when there was nothing to run."""
 
@@ -77,7 +77,7 @@ def suites(quick: Sequence[str]) -> Iterator[Suite]:
 def as_root(*arguments: str) -> tuple[str, ...]:
     """Return the command that runs pytest as root, for a limited time."""
     limit = ("timeout", "--foreground", "--signal=INT", "--kill-after=60", str(LIMIT))
-    # Most of these tests wait for others; each worker has labs of its own.
+    # Half their time these tests wait; each worker has labs of its own.
     parallel = ("-n", str(WORKERS), "--dist", "worksteal", "--durations", "5")
     pytest = (sys.executable, "-m", "pytest", *parallel, *arguments)
     if os.geteuid() == 0:
