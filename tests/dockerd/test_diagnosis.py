@@ -203,7 +203,9 @@ def test_what_is_broken_is_named_and_mended(whole: Stage, what: str) -> None:
     try:
         assert found["verdict"].startswith(f"dies on {hosts[at].name}, {step}: ")
         for _ in range(REMEDIES):
-            mend(stage, found)
+            # What was just put up may lose a packet, with nothing amiss any more.
+            if found["at"] is not None:
+                mend(stage, found)
             found = stage.trace()
             if is_well(found):
                 break
