@@ -1,6 +1,5 @@
 """Several lab hosts on one etcd, as the tests of overlay networks use them."""
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from itertools import count
@@ -9,7 +8,7 @@ from typing import Any, Self
 from cnmdriver.lab.host import Host
 from cnmdriver.lab.lab import Lab
 from cnmdriver.lab.process import Completed
-from tests.dockerd.tools import Container, Scene, eventually
+from tests.dockerd.tools import Container, Scene, eventually, told
 
 POOLS = count(1)
 KEPT = ("hosts/", "alive/", "fence/", "kept/", "watermarks/", "cluster")
@@ -76,7 +75,7 @@ def etcdctl(lab: Lab, *args: str) -> Completed:
 
 def census(host: Host) -> list[Any]:
     """Return what pynet owns on a host."""
-    owned: list[Any] = json.loads(host.pynet("census", "--json").stdout)["owned"]
+    owned: list[Any] = told(host, "census")["owned"]
     return owned
 
 

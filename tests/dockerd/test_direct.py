@@ -1,11 +1,9 @@
 """Interfaces that are built straight in the sandbox, beside those that Docker moves."""
 
-import json
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import pytest
 
@@ -21,6 +19,7 @@ from tests.dockerd.tools import (
     eventually,
     left_of_pynet,
     published,
+    told,
 )
 
 pytestmark = [pytest.mark.root, pytest.mark.dockerd, pytest.mark.timeout(180)]
@@ -45,12 +44,7 @@ def scene(direct_host: Host) -> Iterator[Scene]:
         direct_host
     )
     assert accepts(direct_host) == before
-    assert asked(direct_host, "endpoint", "ls") == []
-
-
-def asked(host: Host, *words: str) -> Any:
-    """Return what a `pynet` command says."""
-    return json.loads(host.pynet(*words, "--json", check=False).stdout)
+    assert told(direct_host, "endpoint", "ls") == []
 
 
 def both(number: int, *options: str) -> tuple[str, ...]:
@@ -94,7 +88,7 @@ def ways(container: Container) -> dict[str, str]:
 
 def agrees(host: Host) -> bool:
     """Tell whether the kernel is as planned."""
-    return not asked(host, "diff")["lines"]
+    return not told(host, "diff")["lines"]
 
 
 def test_all_that_docker_would_have_made(scene: Scene) -> None:
@@ -130,9 +124,7 @@ def test_all_that_docker_would_have_made(scene: Scene) -> None:
     assert one.pings_name(peer.name)
     assert peer.pings_name(one.name)
     assert "eth10" in one.exec("ip", "link").stdout
-    listed = {
-        e["interface"]: e["attached"] for e in asked(scene.host, "endpoint", "ls")
-    }
+    listed = {e["interface"]: e["attached"] for e in told(scene.host, "endpoint", "ls")}
     assert listed == {"": "moved", "eth10": "direct"}
     assert agrees(scene.host)
     disconnect(one, second)
@@ -254,7 +246,7 @@ def test_twenty_at_once(scene: Scene) -> None:
         with ThreadPoolExecutor(AT_ONCE) as pool:
             list(pool.map(lambda one: disconnect(one, second), boxes))
         assert all(names(one) == ["eth0"] for one in boxes)
-        (left,) = [n for n in asked(scene.host, "network", "ls") if n["name"] == second]
+        (left,) = [n for n in told(scene.host, "network", "ls") if n["name"] == second]
         assert left["endpoints"] == 0
     for one in boxes:
         scene.containers.remove(one.name)

@@ -1,6 +1,5 @@
 """Hosts of a cluster: who may be one, and what happens when one goes or moves."""
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -10,7 +9,7 @@ import pytest
 from cnmdriver.lab.host import Host
 from cnmdriver.lab.lab import Lab
 from tests.dockerd.cluster import Cluster
-from tests.dockerd.tools import Server, eventually
+from tests.dockerd.tools import Server, eventually, told
 
 pytestmark = [pytest.mark.root, pytest.mark.dockerd, pytest.mark.timeout(120)]
 
@@ -35,7 +34,7 @@ def cluster(lab: Lab) -> Iterator[Cluster]:
 
 def states(host: Host) -> dict[str, str]:
     """Return the state of each host, as one of them sees it."""
-    shown = json.loads(host.pynet("host", "ls", "--json").stdout)
+    shown = told(host, "host", "ls")
     return {h["name"]: h["state"] for h in shown}
 
 
@@ -67,7 +66,7 @@ def test_two_hosts_of_one_name(lab: Lab) -> None:
 
 def names(host: Host, *, here: bool) -> set[str]:
     """Return the names of hosts that are, or are not, the one that is asked."""
-    shown = json.loads(host.pynet("host", "ls", "--json").stdout)
+    shown = told(host, "host", "ls")
     return {h["name"] for h in shown if h["here"] is here}
 
 
@@ -176,7 +175,7 @@ def test_a_tunnel_address_that_changes(cluster: Cluster) -> None:
             reached = eventually(
                 lambda: prober.udp(moved.ip(name), PORT, 0.3) is not None, 7.0
             )
-            shown = json.loads(prober.host.pynet("host", "ls", "--json").stdout)
+            shown = told(prober.host, "host", "ls")
         finally:
             exchange(host, "192.0.2.77", str(host.address4))
     assert reached

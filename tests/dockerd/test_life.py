@@ -1,6 +1,5 @@
 """Life with Docker: compose, prune, restarts and crashes of either daemon."""
 
-import json
 import os
 import random
 import signal
@@ -13,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler
 from socketserver import ThreadingUnixStreamServer
-from typing import Any
 
 import pytest
 
@@ -30,6 +28,7 @@ from tests.dockerd.tools import (
     eventually,
     left_of_pynet,
     published,
+    told,
 )
 
 pytestmark = [
@@ -92,7 +91,7 @@ def scene(life: Host) -> Iterator[Scene]:
         yield made
     assert eventually(lambda: not left_of_pynet(life)), left_of_pynet(life)
     assert accepts(life) == before
-    assert asked(life, "endpoint", "ls") == asked(life, "ipam", "ls") == []
+    assert told(life, "endpoint", "ls") == told(life, "ipam", "ls") == []
 
 
 def runs(host: Host, service: str) -> bool:
@@ -103,14 +102,9 @@ def runs(host: Host, service: str) -> bool:
         return False
 
 
-def asked(host: Host, *words: str) -> Any:
-    """Return what a `pynet` command says."""
-    return json.loads(host.pynet(*words, "--json", check=False).stdout)
-
-
 def ids(host: Host) -> list[str]:
     """Return the ids of the networks that pynet has."""
-    return [network["id"] for network in asked(host, "network", "ls")]
+    return [network["id"] for network in told(host, "network", "ls")]
 
 
 def sound(host: Host) -> bool:
@@ -123,8 +117,8 @@ def sound(host: Host) -> bool:
         for network in networks
         for e in api(host, "GET", f"/networks/{network['Id']}")["Containers"].values()
     }
-    ours = {e["id"] for e in asked(host, "endpoint", "ls")}
-    return known == ours and not asked(host, "diff")["lines"]
+    ours = {e["id"] for e in told(host, "endpoint", "ls")}
+    return known == ours and not told(host, "diff")["lines"]
 
 
 def web(scene: Scene, network: str, *options: str, name: str) -> Container:
@@ -291,7 +285,7 @@ def test_compose_up_and_down_twice(scene: Scene) -> None:
         finally:
             host.exec(*compose, "down", input=COMPOSE, timeout=40)
         assert ids(host) == before
-        assert asked(host, "ipam", "ls") == []
+        assert told(host, "ipam", "ls") == []
 
 
 def test_network_prune_removes_unused_networks_only(scene: Scene) -> None:
@@ -300,7 +294,7 @@ def test_network_prune_removes_unused_networks_only(scene: Scene) -> None:
     first, second = scene.run(used), scene.run(used)
     scene.host.docker("network", "prune", "--force")
     scene.networks.remove(unused)
-    assert [n["name"] for n in asked(scene.host, "network", "ls")] == [used]
+    assert [n["name"] for n in told(scene.host, "network", "ls")] == [used]
     assert first.pings(second.ip())
     assert sound(scene.host)
 
@@ -313,7 +307,7 @@ def test_rm_force_takes_back_what_a_running_container_had(scene: Scene) -> None:
         assert answers(scene.outside, "192.0.2.11", 8080) == made.name
         scene.remove(made)
         assert published(scene.host) == []
-        assert asked(scene.host, "endpoint", "ls") == []
+        assert told(scene.host, "endpoint", "ls") == []
     assert sound(scene.host)
 
 
@@ -365,7 +359,7 @@ def test_restart_always_over_a_restart_of_dockerd(scene: Scene, ends: int) -> No
     network = scene.network("--ipam-driver=pynet")
     web(scene, network, "--restart=always", "-p", "8080:80", name="server")
     client = scene.run(network, "--restart=always", QUICK)
-    before = [pool["taken"] for pool in asked(host, "ipam", "ls")]
+    before = [pool["taken"] for pool in told(host, "ipam", "ls")]
     host.stop_dockerd(ends)
     host.start_dockerd()
     assert eventually(lambda: answers(scene.outside, "192.0.2.11", 8080), 10.0)
@@ -373,7 +367,7 @@ def test_restart_always_over_a_restart_of_dockerd(scene: Scene, ends: int) -> No
     assert client.pings_name("server")
     assert answers(client, Container(host=host, name="server").look().ip(), 80)
     assert eventually(lambda: sound(host), GRACE + 4)
-    assert [pool["taken"] for pool in asked(host, "ipam", "ls")] == before
+    assert [pool["taken"] for pool in told(host, "ipam", "ls")] == before
 
 
 @pytest.mark.parametrize("ends", ENDS)
@@ -420,7 +414,7 @@ def test_dockerd_killed_with_containers_that_do_not_restart(scene: Scene) -> Non
     network = scene.network("--ipam-driver=pynet")
     made = web(scene, network, "-p", "8080:80", name="once")
     host.kill_dockerd()
-    assert asked(host, "status")["endpoints"] == 1
+    assert told(host, "status")["endpoints"] == 1
     host.start_dockerd()
     assert eventually(lambda: sound(host), GRACE + 4)
     assert published(host) == []
@@ -581,10 +575,10 @@ def test_what_was_removed_while_it_was_away_is_cleaned_up(scene: Scene) -> None:
     with deaf(host):
         scene.remove(second, third, removed)
         scene.remove_network(goes)
-    assert len(asked(host, "endpoint", "ls")) == 4
+    assert len(told(host, "endpoint", "ls")) == 4
     assert eventually(lambda: sound(host), GRACE + 6)
-    assert [n["name"] for n in asked(host, "network", "ls")] == [stays]
-    assert asked(host, "ipam", "ls") == published(host) == []
+    assert [n["name"] for n in told(host, "network", "ls")] == [stays]
+    assert told(host, "ipam", "ls") == published(host) == []
     assert first.pings(scene.run(stays).ip())
 
 

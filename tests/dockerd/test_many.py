@@ -1,6 +1,5 @@
 """Many containers, one after the other and at once, on one network."""
 
-import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -9,7 +8,7 @@ import pytest
 
 from cnmdriver.lab.host import Host
 from cnmdriver.lab.lab import Lab
-from tests.dockerd.tools import Scene, api, eventually, left_of_pynet
+from tests.dockerd.tools import Scene, api, eventually, left_of_pynet, told
 
 pytestmark = [
     pytest.mark.root,
@@ -41,7 +40,7 @@ def scene(home: Host) -> Iterator[Scene]:
 
 def census(host: Host) -> Any:
     """Return all that pynet owns on a host."""
-    return json.loads(host.pynet("census", "--json").stdout)
+    return told(host, "census")
 
 
 def start(scene: Scene, name: str, network: str) -> str:
@@ -67,7 +66,7 @@ def remove(scene: Scene, name: str) -> None:
 
 def taken(host: Host) -> list[str]:
     """Return all addresses that are taken."""
-    found = json.loads(host.pynet("ipam", "ls", "--json").stdout)
+    found = told(host, "ipam", "ls")
     return [a["address"] for pool in found for a in pool["addresses"]]
 
 

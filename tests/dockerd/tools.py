@@ -25,6 +25,7 @@ from ipaddress import ip_address
 from itertools import count
 from typing import Any, Self
 
+from cnmdriver.cli.client import Client
 from cnmdriver.lab.host import DOCKER_SOCKET, Host
 from cnmdriver.lab.machine import Machine, wait_until
 from cnmdriver.lab.process import Completed, LabError
@@ -394,6 +395,17 @@ class Scene:
         networks, self.networks = self.networks, []
         if networks:
             self.host.docker("network", "rm", *networks)
+
+
+ADMIN = "/run/pynet/admin.sock"
+SHOWN = {"ipam": "pools"}
+"""What the admin socket calls what a command lists, where that is another word."""
+
+
+def told(host: Host, what: str, verb: str = "") -> Any:
+    """Return what `pynet WHAT [ls] --json` shows, without a process for each look."""
+    name = SHOWN.get(what, f"{what}s") if verb else what
+    return Client(str(host.socket(ADMIN))).get(name)
 
 
 def inspected(host: Host, network: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from cnmdriver.failpoints import VARIABLE
 from cnmdriver.lab.host import Host
 from cnmdriver.lab.lab import Lab
 from cnmdriver.lab.machine import wait_until
-from tests.dockerd.tools import api, eventually, left_of_pynet
+from tests.dockerd.tools import api, eventually, left_of_pynet, told
 
 pytestmark = [
     pytest.mark.root,
@@ -149,27 +149,22 @@ class World:
 
     def differences(self) -> list[object]:
         """Return in what they do not."""
-        asked = [self.ask("network", "ls"), self.ask("endpoint", "ls")]
+        shown = [told(self.host, what, "ls") for what in ("network", "endpoint")]
         networks = {n["Id"] for n in api(self.host, "GET", "/networks")}
-        theirs = {n["id"] for n in asked[0]}
+        theirs = {n["id"] for n in shown[0]}
         endpoints = {
             container["EndpointID"]
             for name in networks & theirs
             for container in self.details(name).values()
         }
         wrong: list[object] = list(theirs - networks)
-        wrong += {e["id"] for e in asked[1]} ^ endpoints
-        return wrong + list(self.ask("diff")["lines"])
+        wrong += {e["id"] for e in shown[1]} ^ endpoints
+        return wrong + list(told(self.host, "diff")["lines"])
 
     def details(self, network: str) -> dict[str, dict[str, str]]:
         """Return the containers of a network, as Docker lists them."""
         found = api(self.host, "GET", f"/networks/{network}")
         return dict(found["Containers"])
-
-    def ask(self, *words: str) -> object:
-        """Ask one of pynet's commands."""
-        done = self.host.pynet(*words, "--json", check=False)
-        return json.loads(done.stdout)
 
 
 def played(world: World) -> list[Step]:

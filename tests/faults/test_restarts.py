@@ -1,6 +1,5 @@
 """Traffic does not depend on the daemon: streams and pings through 50 restarts."""
 
-import json
 import random
 import signal
 from collections.abc import Callable, Iterator
@@ -11,7 +10,7 @@ import pytest
 from cnmdriver.lab.host import Host
 from cnmdriver.lab.lab import Lab
 from tests.dockerd.cluster import Cluster, census, left, nothing_is_left
-from tests.dockerd.tools import eventually
+from tests.dockerd.tools import eventually, told
 from tests.faults.streams import Traffic
 
 pytestmark = [
@@ -43,8 +42,7 @@ def restart(host: Host, seed: int) -> None:
 
 def is_as_planned(host: Host) -> bool:
     """Tell whether the kernel is what the daemon wants."""
-    done = host.pynet("diff", "--json", check=False)
-    return done.returncode == 0 and not json.loads(done.stdout)["lines"]
+    return not told(host, "diff")["lines"]
 
 
 def test_nothing_is_lost_through_fifty_restarts(cluster: Cluster) -> None:

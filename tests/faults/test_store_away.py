@@ -17,7 +17,7 @@ import pytest
 from cnmdriver.lab.host import Host
 from cnmdriver.lab.lab import Lab
 from tests.dockerd.cluster import Cluster, etcdctl, nothing_is_left
-from tests.dockerd.tools import Container, Server, api, eventually
+from tests.dockerd.tools import Container, Server, api, eventually, told
 from tests.faults.streams import Pings
 
 pytestmark = [
@@ -79,7 +79,7 @@ def back(lab: Lab) -> None:
 
 def status(host: Host) -> Any:
     """Return what a host says of itself."""
-    return json.loads(host.pynet("status", "--json", check=False).stdout)
+    return told(host, "status")
 
 
 def in_agreement(cluster: Cluster) -> bool:
@@ -247,7 +247,7 @@ def test_a_daemon_that_starts_without_the_store(cluster: Cluster) -> None:
         begin = time.monotonic()
         host.start_pynet()
         times.append(time.monotonic() - begin)
-        shown = json.loads(host.pynet("diff", "--json").stdout)
+        shown = told(host, "diff")
         assert not any(shown.values()), shown
         host.docker("restart", "-t0", fresh.name)
         assert reaches(stays, fresh)
@@ -409,7 +409,7 @@ def test_a_daemon_that_is_stopped_past_its_lease(cluster: Cluster) -> None:
 
 def states(host: Host) -> dict[str, str]:
     """Return the state of each host, as one of them sees it."""
-    shown = json.loads(host.pynet("host", "ls", "--json").stdout)
+    shown = told(host, "host", "ls")
     return {h["name"]: h["state"] for h in shown}
 
 
