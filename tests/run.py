@@ -4,7 +4,8 @@ Run every suite, each to its end, and print how long each took.
 `python tests/run.py DIRECTORY…` takes the directories that `make check` runs without
 root and etcd; of those only the tests that need one are left. Each other directory of tests is a
 suite of its own. A test that was skipped counts as failed: markers choose, nothing
-skips. The exit code is 0 only if something passed and nothing failed.
+skips. Small suites that do not disturb each other share a run, so that no worker waits
+for the last test of each. The exit code is 0 only if something passed and nothing failed.
 """
 
 import os
@@ -22,6 +23,11 @@ TESTS = Path(__file__).parent
 LIMIT = 2700
 """Seconds for one suite."""
 WORKERS = 3
+SHARING = (
+    ("tests/cluster", "tests/lab"),
+    ("tests/install", "tests/setup", "tests/web"),
+)
+"""Suites of which some share a run."""
 NO_TESTS = 5
 """pytest's exit code when there was nothing to run."""
 
@@ -68,10 +74,15 @@ def suites(quick: Sequence[str]) -> Iterator[Suite]:
     if quick:
         rest = ("-m", "root or etcd", *quick)
         yield Suite(name="check, the rest", argv=as_root(*rest))
-    for directory in sorted({path.parent for path in TESTS.rglob("test_*.py")}):
-        name = str(directory.relative_to(TESTS.parent))
-        if not any(name == q or name.startswith(f"{q}/") for q in quick):
-            yield Suite(name=name, argv=as_root(name))
+    found = {str(p.parent.relative_to(TESTS.parent)) for p in TESTS.rglob("test_*.py")}
+    every = {
+        n for n in found if not any(n == q or n.startswith(f"{q}/") for q in quick)
+    }
+    alone = every.difference(*SHARING)
+    for names in sorted([*SHARING, *((name,) for name in alone)]):
+        there = [name for name in names if name in every]
+        if there:
+            yield Suite(name=", ".join(there), argv=as_root(*there))
 
 
 def as_root(*arguments: str) -> tuple[str, ...]:
