@@ -11,6 +11,7 @@ import struct
 from collections.abc import Iterable
 from ipaddress import IPv4Address, IPv6Address
 
+from cnmdriver.dataplane.probe import checksum
 from cnmdriver.model import IPAddress
 
 BROADCAST = b"\xff" * 6
@@ -41,11 +42,3 @@ def frame(address: IPAddress, mac: bytes) -> bytes:
     head = ALL_NODES_MAC + mac + struct.pack("!H", IPV6)
     head += struct.pack("!IHBB", 6 << 28, len(summed), ICMPV6, 255)
     return head + ends + summed
-
-
-def checksum(data: bytes) -> int:
-    """Compute the Internet checksum (RFC 1071) of an even number of bytes."""
-    total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
-    while total >> 16:
-        total = (total & 0xFFFF) + (total >> 16)
-    return ~total & 0xFFFF
