@@ -56,8 +56,7 @@ test:
 	@deploy/venv
 	@$(BIN)/python tests/run.py $(QUICK)
 
-# Needs some GB below PYNET_VM_DIR (/var/cache/pynet-vm). What is booted in namespaces takes
-# minutes; what QEMU boots, without KVM, an hour.
+# Needs a GB below PYNET_VM_DIR (/var/cache/pynet-vm), and some minutes.
 test-vm:
 	@deploy/packages run lab vm
 	@deploy/venv

@@ -1,8 +1,7 @@
 """
-The disk of a guest: Debian as debootstrap makes it, with what a Docker host has.
+The root of a guest: Debian as debootstrap makes it, with what a Docker host has.
 
-It is made once and kept in a directory; a second run only puts this checkout on it,
-and with PYNET_VM_KEEP in the environment not even that.
+It is made once and kept in a directory; a second run only puts this checkout on it.
 """
 
 import contextlib
@@ -20,31 +19,13 @@ BASE = """
 systemd systemd-sysv dbus udev kmod iproute2 python3 python3-venv ca-certificates procps
 """.split()  # noqa: SIM905 - a list to read
 HOST = """
-iptables nftables docker.io firewalld etcd-server etcd-client iputils-ping linux-image-amd64
+iptables nftables docker.io firewalld etcd-server etcd-client iputils-ping
 """.split()  # noqa: SIM905 - as above
-MODULES = "virtio_pci virtio_blk ext4"
-"""What the first file system needs; the rest is loaded from the disk."""
-SIZE = "4G"
 GROUP = "/pynet-vm"
-"""The control group of containers: in namespaces it is this machine's."""
-UNIT = """
-[Unit]
-Description=What the test asks for
-DefaultDependencies=no
-ConditionVirtualization=!container
-After=systemd-udevd.service
-StartLimitIntervalSec=0
-[Service]
-ExecStart=/usr/bin/python3 /root/agent.py
-Restart=always
-RestartSec=1
-[Install]
-WantedBy=sysinit.target
-"""
+"""The control group of containers, which is this machine's."""
 CGROUPS = """
 [Unit]
 Description=Control groups that Docker may write to
-ConditionVirtualization=container
 Before=docker.service
 [Service]
 Type=oneshot
@@ -70,19 +51,8 @@ def made(directory: Path) -> Path:
     if not (directory / "whole").exists():
         debootstrap(directory, root)
         (directory / "whole").touch()
-    if not os.environ.get("PYNET_VM_KEEP"):
-        furnish(root)
-        (directory / "disk.img").unlink(missing_ok=True)
+    furnish(root)
     return root
-
-
-def disk_of(root: Path) -> Path:
-    """Return the disk that QEMU boots, made of the root file system if need be."""
-    disk = root.parent / "disk.img"
-    if disk.exists():
-        return disk
-    run("mke2fs", "-q", "-t", "ext4", "-d", str(root), str(disk), SIZE)
-    return disk
 
 
 def debootstrap(directory: Path, root: Path) -> None:
@@ -101,10 +71,6 @@ def debootstrap(directory: Path, root: Path) -> None:
     with proc(root):
         apt = ("apt-get", "-q=2", "install", "--yes", "--no-install-recommends")
         run("env", "DEBIAN_FRONTEND=noninteractive", "chroot", str(root), *apt, *HOST)
-        tools = root / "etc/initramfs-tools"
-        (tools / "conf.d/pynet").write_text("MODULES=list\n")
-        (tools / "modules").write_text("\n".join(MODULES.split()) + "\n")
-        run("chroot", str(root), "update-initramfs", "-u")
     forbid.unlink()
     for package in (root / "var/cache/apt/archives").glob("*.deb"):
         shutil.move(package, cache / package.name)
@@ -121,16 +87,13 @@ def proc(root: Path) -> Iterator[None]:
 
 
 def furnish(root: Path) -> None:
-    """Put on it the agent, this checkout, its wheels and an image for containers."""
+    """Put on it this checkout, its wheels and an image for containers."""
     (root / "etc/hostname").write_text("guest\n")
-    (root / "etc/fstab").write_text("/dev/vda / ext4 defaults 0 1\n")
-    shutil.copy(Path(__file__).with_name("agent.py"), root / "root/agent.py")
-    (root / "etc/systemd/system/agent.service").write_text(UNIT)
     (root / "etc/systemd/network/80-wire.network").write_text(WIRE)
     (root / "etc/systemd/system/cgroups.service").write_text(CGROUPS)
     (root / "etc/docker").mkdir(exist_ok=True)
     (root / "etc/docker/daemon.json").write_text(DOCKER)
-    units = ("agent", "cgroups", "systemd-networkd", "docker")
+    units = ("cgroups", "systemd-networkd", "docker")
     run("chroot", str(root), "systemctl", "--quiet", "enable", *units)
     off = ("etcd", "firewalld", "systemd-networkd-wait-online", "apt-daily.timer")
     run("chroot", str(root), "systemctl", "--quiet", "disable", *off)
