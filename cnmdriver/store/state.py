@@ -134,6 +134,8 @@ class State:
         self.away = "it has not answered since pynet was started"
         kept = await self.local.snapshot()
         self.view.restore(kept.items, kept.revision)
+        # The snapshot has that already.
+        self.feed.drain()
         await self.recollect()
         self.informed = bool(kept.items)
         if self.session is not None:

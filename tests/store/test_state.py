@@ -669,6 +669,31 @@ async def test_what_is_removed_does_not_come_back(one):
     assert "members/n/h" not in (await one.local.snapshot()).items
 
 
+async def test_what_was_kept_is_not_written_again(one, monkeypatch):
+    """After a restart only what has changed since is written to the snapshot."""
+    one.store.shared = True
+    await one.state.commit(putting("members/n/h", MEMBER))
+    await one.state.keep()
+
+    async def step(_: str) -> None:
+        pass
+
+    again, kept, keep = State(one.store, one.local, step, list), [], one.local.keep
+
+    async def noted(changed, *rest):
+        kept.append(set(changed))
+        await keep(changed, *rest)
+
+    monkeypatch.setattr(one.local, "keep", noted)
+    await again.load()
+    assert again.view.get(Member, "members/n/h") == MEMBER
+    await again.keep()
+    await one.state.commit(putting("hosts/h", host("h")))
+    await again.relist()
+    await again.keep()
+    assert kept == [set(), {"hosts/h"}]
+
+
 async def test_a_deferred_removal_is_logged(one):
     """A removal that had to wait is told once, with its keys and why."""
     one.store.away = True
