@@ -217,7 +217,7 @@ def live(world: World, step: Step) -> None:
         else:
             world.give(command)
     assert eventually(lambda: not left_of_pynet(world.host), AGREED)
-    assert eventually(lambda: not world.ask("ipam", "ls"), AGREED)
+    assert eventually(lambda: not told(world.host, "ipam", "ls"), AGREED)
 
 
 @pytest.mark.parametrize("members", [0, 1], ids=["bridge", "overlay"])
