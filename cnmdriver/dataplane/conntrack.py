@@ -26,9 +26,10 @@ from collections.abc import Collection, Container, Iterator, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address, ip_network
 
-from cnmdriver.dataplane.handler import BOUND, refusal, settled, too_slow
+from cnmdriver.dataplane.handler import BOUND, refusal, too_slow
 from cnmdriver.model import PROTOCOLS, TCP, UDP, IPNetwork
 from cnmdriver.plan.ops import Element
+from cnmdriver.settling import settled
 
 MAPS = {"any4": 4, "any6": 6, "bound4": 4, "bound6": 6}
 NUMBERS = {name: number for number, name in PROTOCOLS.items()}

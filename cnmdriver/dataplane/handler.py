@@ -6,10 +6,9 @@ Each kind of operation has one handler. `apply` makes operations hold and append
 is gone as success; `found` reads the kernel.
 """
 
-import asyncio
 import errno
 import os
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from typing import Protocol, TypeVar
 
 from cnmdriver.errors import KernelError
@@ -47,22 +46,6 @@ class Handler(Protocol):
 
         `wanted` names what cannot be told by a mark; `devices` are those found.
         """
-
-
-async def settled(work: Coroutine[None, None, T]) -> T:
-    """
-    Await work that a cancel must not interrupt: the cancel is raised when it ended.
-
-    The work bounds itself. Without this nobody could tell what half of it was done.
-    """
-    task = asyncio.ensure_future(work)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait({task})
-        if not task.cancelled():
-            task.exception()
-        raise
 
 
 def only(ops: Plan, kind: type[OpT]) -> tuple[OpT, ...]:

@@ -41,7 +41,6 @@ from cnmdriver.dataplane.handler import (
     Undo,
     nothing,
     refusal,
-    settled,
 )
 from cnmdriver.dataplane.holds import Holds
 from cnmdriver.dataplane.links import MARK, Links
@@ -80,6 +79,7 @@ from cnmdriver.plan.ops import (
     union,
 )
 from cnmdriver.plan.sight import Echo, Filters, Inner, Way
+from cnmdriver.settling import settled
 
 log = structlog.get_logger()
 

@@ -30,6 +30,7 @@ import structlog
 
 from cnmdriver.errors import Conflict, DriverError, StoreError
 from cnmdriver.model import Cluster, Endpoint, Knock, Network, Reservation
+from cnmdriver.settling import settled
 from cnmdriver.store import records
 from cnmdriver.store.base import (
     Change,
@@ -375,15 +376,7 @@ class State:
         A cancel counts when that has ended, so that its caller can take it back.
         """
         await self.step("commit.before")
-        writing = asyncio.ensure_future(self.end(change))
-        try:
-            await asyncio.shield(writing)
-        except asyncio.CancelledError:
-            await asyncio.wait({writing})
-            if not writing.cancelled():
-                # Nobody else will ask how it ended.
-                writing.exception()
-            raise
+        await settled(self.end(change))
         if change.deletes:
             # Whoever begins with an older snapshot would publish again what is gone.
             await self.keep()
