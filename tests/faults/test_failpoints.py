@@ -13,7 +13,7 @@ import pytest
 
 from cnmdriver.errors import DriverError
 from tests.dockerd.tools import eventually
-from tests.faults.failpoint_world import KILLED, SOON, World, differing
+from tests.faults.failpoint_world import KILLED, PATIENCE, SOON, World, differing
 from tests.unit.calls import UDP, port
 
 TOGETHER = ({"table", "element"}, {"fdb", "neighbour"})
@@ -280,6 +280,8 @@ async def test_each_step(name, action, make_lab):
         await story.undo(world)
         await story.after(world)
         world.settles(world.empty, alone=True)
+        # What was on its way out at the latest comparison is gone at the next.
+        eventually(lambda: not world.admin.get("status")["attention"], PATIENCE)
         assert world.admin.get("status")["attention"] == []
         assert world.left() == at_first
 
