@@ -276,7 +276,7 @@ def test_the_first_packet_is_answered(cluster: Cluster) -> None:
     missed = []
     api(near.host, "POST", "/networks/none/disconnect", {"Container": target.name})
     count_arp(cluster.lab)
-    for number in range(200):
+    for number in range(100):
         address = f"{prober.ip(name).rpartition('.')[0]}.{100 + number % 100}"
         body = {
             "Container": target.name,
