@@ -56,7 +56,7 @@ test:
 	@deploy/venv
 	@$(BIN)/python tests/run.py $(QUICK)
 
-# Needs a GB below PYNET_VM_DIR (/var/cache/pynet-vm), and some minutes.
+# Needs a GB or two below PYNET_VM_DIR (/var/cache/pynet-vm), and some minutes.
 test-vm:
 	@deploy/packages run lab vm
 	@deploy/venv

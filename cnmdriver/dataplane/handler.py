@@ -14,7 +14,6 @@ from typing import Protocol, TypeVar
 from cnmdriver.errors import KernelError
 from cnmdriver.plan.ops import Op, Plan
 
-T = TypeVar("T")
 OpT = TypeVar("OpT", bound=Op)
 
 BOUND = 2.0

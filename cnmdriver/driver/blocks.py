@@ -58,7 +58,7 @@ class Blocks:
         self.site = site
         self.news = asyncio.Event()
         self.counted = -PACE
-        """When it was last looked at what is free."""
+        """When it was last looked at what is free, or could not be."""
         self.owed = True
         """Whether that is to be done again, as soon as it may be."""
         self.given: dict[str, float] = {}
@@ -74,6 +74,8 @@ class Blocks:
             try:
                 if self.site.state.away is None:
                     await self.turn()
+                else:
+                    self.counted = time.monotonic()
             except DriverError as error:
                 log.warning("blocks.not_kept", error=str(error))
             await asyncio.sleep(CALM)

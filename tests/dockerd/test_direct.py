@@ -44,7 +44,7 @@ def scene(direct_host: Host) -> Iterator[Scene]:
         direct_host
     )
     assert accepts(direct_host) == before
-    assert told(direct_host, "endpoint", "ls") == []
+    assert told(direct_host, "endpoints") == []
 
 
 def both(number: int, *options: str) -> tuple[str, ...]:
@@ -124,7 +124,7 @@ def test_all_that_docker_would_have_made(scene: Scene) -> None:
     assert one.pings_name(peer.name)
     assert peer.pings_name(one.name)
     assert "eth10" in one.exec("ip", "link").stdout
-    listed = {e["interface"]: e["attached"] for e in told(scene.host, "endpoint", "ls")}
+    listed = {e["interface"]: e["attached"] for e in told(scene.host, "endpoints")}
     assert listed == {"": "moved", "eth10": "direct"}
     assert agrees(scene.host)
     disconnect(one, second)
@@ -246,7 +246,7 @@ def test_twenty_at_once(scene: Scene) -> None:
         with ThreadPoolExecutor(AT_ONCE) as pool:
             list(pool.map(lambda one: disconnect(one, second), boxes))
         assert all(names(one) == ["eth0"] for one in boxes)
-        (left,) = [n for n in told(scene.host, "network", "ls") if n["name"] == second]
+        (left,) = [n for n in told(scene.host, "networks") if n["name"] == second]
         assert left["endpoints"] == 0
     for one in boxes:
         scene.containers.remove(one.name)

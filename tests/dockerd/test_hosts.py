@@ -34,7 +34,7 @@ def cluster(lab: Lab) -> Iterator[Cluster]:
 
 def states(host: Host) -> dict[str, str]:
     """Return the state of each host, as one of them sees it."""
-    shown = told(host, "host", "ls")
+    shown = told(host, "hosts")
     return {h["name"]: h["state"] for h in shown}
 
 
@@ -66,7 +66,7 @@ def test_two_hosts_of_one_name(lab: Lab) -> None:
 
 def names(host: Host, *, here: bool) -> set[str]:
     """Return the names of hosts that are, or are not, the one that is asked."""
-    shown = told(host, "host", "ls")
+    shown = told(host, "hosts")
     return {h["name"] for h in shown if h["here"] is here}
 
 
@@ -175,7 +175,7 @@ def test_a_tunnel_address_that_changes(cluster: Cluster) -> None:
             reached = eventually(
                 lambda: prober.udp(moved.ip(name), PORT, 0.3) is not None, 7.0
             )
-            shown = told(prober.host, "host", "ls")
+            shown = told(prober.host, "hosts")
         finally:
             exchange(host, "192.0.2.77", str(host.address4))
     assert reached

@@ -91,7 +91,7 @@ def scene(life: Host) -> Iterator[Scene]:
         yield made
     assert eventually(lambda: not left_of_pynet(life)), left_of_pynet(life)
     assert accepts(life) == before
-    assert told(life, "endpoint", "ls") == told(life, "ipam", "ls") == []
+    assert told(life, "endpoints") == told(life, "pools") == []
 
 
 def runs(host: Host, service: str) -> bool:
@@ -104,7 +104,7 @@ def runs(host: Host, service: str) -> bool:
 
 def ids(host: Host) -> list[str]:
     """Return the ids of the networks that pynet has."""
-    return [network["id"] for network in told(host, "network", "ls")]
+    return [network["id"] for network in told(host, "networks")]
 
 
 def sound(host: Host) -> bool:
@@ -117,7 +117,7 @@ def sound(host: Host) -> bool:
         for network in networks
         for e in api(host, "GET", f"/networks/{network['Id']}")["Containers"].values()
     }
-    ours = {e["id"] for e in told(host, "endpoint", "ls")}
+    ours = {e["id"] for e in told(host, "endpoints")}
     return known == ours and not told(host, "diff")["lines"]
 
 
@@ -285,7 +285,7 @@ def test_compose_up_and_down_twice(scene: Scene) -> None:
         finally:
             host.exec(*compose, "down", input=COMPOSE, timeout=40)
         assert ids(host) == before
-        assert told(host, "ipam", "ls") == []
+        assert told(host, "pools") == []
 
 
 def test_network_prune_removes_unused_networks_only(scene: Scene) -> None:
@@ -294,7 +294,7 @@ def test_network_prune_removes_unused_networks_only(scene: Scene) -> None:
     first, second = scene.run(used), scene.run(used)
     scene.host.docker("network", "prune", "--force")
     scene.networks.remove(unused)
-    assert [n["name"] for n in told(scene.host, "network", "ls")] == [used]
+    assert [n["name"] for n in told(scene.host, "networks")] == [used]
     assert first.pings(second.ip())
     assert sound(scene.host)
 
@@ -307,7 +307,7 @@ def test_rm_force_takes_back_what_a_running_container_had(scene: Scene) -> None:
         assert answers(scene.outside, "192.0.2.11", 8080) == made.name
         scene.remove(made)
         assert published(scene.host) == []
-        assert told(scene.host, "endpoint", "ls") == []
+        assert told(scene.host, "endpoints") == []
     assert sound(scene.host)
 
 
@@ -359,7 +359,7 @@ def test_restart_always_over_a_restart_of_dockerd(scene: Scene, ends: int) -> No
     network = scene.network("--ipam-driver=pynet")
     web(scene, network, "--restart=always", "-p", "8080:80", name="server")
     client = scene.run(network, "--restart=always", QUICK)
-    before = [pool["taken"] for pool in told(host, "ipam", "ls")]
+    before = [pool["taken"] for pool in told(host, "pools")]
     host.stop_dockerd(ends)
     host.start_dockerd()
     assert eventually(lambda: answers(scene.outside, "192.0.2.11", 8080), 10.0)
@@ -367,7 +367,7 @@ def test_restart_always_over_a_restart_of_dockerd(scene: Scene, ends: int) -> No
     assert client.pings_name("server")
     assert answers(client, Container(host=host, name="server").look().ip(), 80)
     assert eventually(lambda: sound(host), GRACE + 4)
-    assert [pool["taken"] for pool in told(host, "ipam", "ls")] == before
+    assert [pool["taken"] for pool in told(host, "pools")] == before
 
 
 @pytest.mark.parametrize("ends", ENDS)
@@ -575,10 +575,10 @@ def test_what_was_removed_while_it_was_away_is_cleaned_up(scene: Scene) -> None:
     with deaf(host):
         scene.remove(second, third, removed)
         scene.remove_network(goes)
-    assert len(told(host, "endpoint", "ls")) == 4
+    assert len(told(host, "endpoints")) == 4
     assert eventually(lambda: sound(host), GRACE + 6)
-    assert [n["name"] for n in told(host, "network", "ls")] == [stays]
-    assert told(host, "ipam", "ls") == published(host) == []
+    assert [n["name"] for n in told(host, "networks")] == [stays]
+    assert told(host, "pools") == published(host) == []
     assert first.pings(scene.run(stays).ip())
 
 

@@ -66,7 +66,7 @@ def remove(scene: Scene, name: str) -> None:
 
 def taken(host: Host) -> list[str]:
     """Return all addresses that are taken."""
-    found = told(host, "ipam", "ls")
+    found = told(host, "pools")
     return [a["address"] for pool in found for a in pool["addresses"]]
 
 

@@ -398,14 +398,11 @@ class Scene:
 
 
 ADMIN = "/run/pynet/admin.sock"
-SHOWN = {"ipam": "pools"}
-"""What the admin socket calls what a command lists, where that is another word."""
 
 
-def told(host: Host, what: str, verb: str = "") -> Any:
-    """Return what `pynet WHAT [ls] --json` shows, without a process for each look."""
-    name = SHOWN.get(what, f"{what}s") if verb else what
-    return Client(str(host.socket(ADMIN))).get(name)
+def told(host: Host, what: str) -> Any:
+    """Return what a host's daemon tells its commands, without a process for each look."""
+    return Client(str(host.socket(ADMIN))).get(what)
 
 
 def inspected(host: Host, network: str) -> dict[str, Any]:

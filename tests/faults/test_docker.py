@@ -79,12 +79,12 @@ def well(cluster: Cluster) -> None:
 
 def taken(host: Host) -> list[object]:
     """Return the addresses that are taken, as a host sees it."""
-    return [pool["taken"] for pool in told(host, "ipam", "ls")]
+    return [pool["taken"] for pool in told(host, "pools")]
 
 
 def is_free(host: Host, *wanted: str) -> bool:
     """Tell whether nobody has any of some addresses, as a host sees it."""
-    pools = told(host, "ipam", "ls")
+    pools = told(host, "pools")
     held = {one["address"] for pool in pools for one in pool["addresses"]}
     return not held & {*wanted}
 
@@ -253,7 +253,7 @@ def test_a_whole_network_removed_while_the_daemon_was_away(cluster: Cluster) -> 
     with deaf(near.host):
         near.remove(one)
         near.remove_network(name)
-    assert eventually(lambda: not told(near.host, "network", "ls"), SETTLED)
+    assert eventually(lambda: not told(near.host, "networks"), SETTLED)
     assert eventually(lambda: not leads_to(far.host, one, name), SETTLED)
     well(cluster)
     options = [f"--subnet={subnet['Subnet']}" for subnet in subnets]
@@ -281,7 +281,7 @@ def test_removed_while_nobody_was_there(cluster: Cluster) -> None:
     finally:
         near.host.start_pynet()
     well(cluster)
-    assert len(told(near.host, "endpoint", "ls")) == 1
+    assert len(told(near.host, "endpoints")) == 1
     assert eventually(lambda: is_free(near.host, goes.ip(name)), SETTLED)
     reach(near.run(name, "--ip", goes.ip(name)), stays, name)
 
@@ -384,7 +384,7 @@ def test_a_call_that_never_comes(cluster: Cluster, call: str) -> None:
         near.remove(goes)
         assert came.is_set()
     well(cluster)
-    assert told(near.host, "endpoint", "ls") == []
+    assert told(near.host, "endpoints") == []
     assert eventually(lambda: not leads_to(far.host, goes, name), SETTLED)
     assert eventually(lambda: is_free(far.host, goes.ip(name)), SETTLED)
     heir = far.run(name, "--ip", goes.ip(name))
@@ -474,5 +474,5 @@ def test_a_sandbox_that_vanishes_while_docker_is_there(cluster: Cluster) -> None
     vanish(near, goes)
     near.remove(goes)
     well(cluster)
-    assert len(told(near.host, "endpoint", "ls")) == 1
+    assert len(told(near.host, "endpoints")) == 1
     assert near.run(name).pings(stays.ip(name))

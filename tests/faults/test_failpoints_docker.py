@@ -149,7 +149,7 @@ class World:
 
     def differences(self) -> list[object]:
         """Return in what they do not."""
-        shown = [told(self.host, what, "ls") for what in ("network", "endpoint")]
+        shown = [told(self.host, what) for what in ("networks", "endpoints")]
         networks = {n["Id"] for n in api(self.host, "GET", "/networks")}
         theirs = {n["id"] for n in shown[0]}
         endpoints = {
@@ -217,7 +217,7 @@ def live(world: World, step: Step) -> None:
         else:
             world.give(command)
     assert eventually(lambda: not left_of_pynet(world.host), AGREED)
-    assert eventually(lambda: not told(world.host, "ipam", "ls"), AGREED)
+    assert eventually(lambda: not told(world.host, "pools"), AGREED)
 
 
 @pytest.mark.parametrize("members", [0, 1], ids=["bridge", "overlay"])

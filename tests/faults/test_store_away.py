@@ -409,7 +409,7 @@ def test_a_daemon_that_is_stopped_past_its_lease(cluster: Cluster) -> None:
 
 def states(host: Host) -> dict[str, str]:
     """Return the state of each host, as one of them sees it."""
-    shown = told(host, "host", "ls")
+    shown = told(host, "hosts")
     return {h["name"]: h["state"] for h in shown}
 
 

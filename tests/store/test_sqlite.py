@@ -206,6 +206,8 @@ async def test_closing_twice(opened, tmp_path):
     store = await opened(tmp_path / "store.db")
     await store.close()
     await store.close()
+    with pytest.raises(StoreError, match="it is closed"):
+        await store.read("")
 
 
 async def test_leases_of_an_earlier_life_are_over(opened, tmp_path):
@@ -226,6 +228,8 @@ async def test_a_lease_may_run_out_after_the_end(opened, tmp_path):
     await store.commit(Change(puts={"alive": b"1"}), await store.lease(0.05))
     await store.close()
     await asyncio.sleep(0.1)
+    again = await opened(tmp_path / "store.db")
+    assert (await again.read("")).items == {}
 
 
 async def test_history_is_forgotten_by_itself(opened, tmp_path):

@@ -26,9 +26,15 @@ class Idle(module.Blocks):
 
     def __init__(self):
         """Have a store, and nothing in it."""
-        state = SimpleNamespace(away=None)
-        super().__init__(SimpleNamespace(state=state, view=View("a")))
-        self.looks = 0
+        self.turns = self.looks = 0
+        self.reason = None
+        super().__init__(SimpleNamespace(state=self, view=View("a")))
+
+    @property
+    def away(self):
+        """Tell why the store is away, and count who asks."""
+        self.turns += 1
+        return self.reason
 
     def asked(self, _):
         return ()
@@ -46,12 +52,31 @@ async def test_what_is_heard_is_looked_at_soon(monkeypatch):
         task = asyncio.create_task(idle.run())
         await asyncio.sleep(late)
         idle.wake()
-        await asyncio.sleep(0.5)
-        assert idle.looks == 2
+        async with asyncio.timeout(10):
+            while idle.looks < 2:
+                await asyncio.sleep(0.01)
         await asyncio.sleep(0.5)
         assert idle.looks == 2
         task.cancel()
         await asyncio.wait([task])
+
+
+async def test_while_the_store_is_away_it_is_rarely_asked_for(monkeypatch):
+    """What is owed while the store is away is tried at the usual pace, and done after."""
+    monkeypatch.setattr(module, "PACE", 0.3)
+    monkeypatch.setattr(module, "CALM", 0.01)
+    idle = Idle()
+    idle.reason = "etcd is full"
+    task = asyncio.create_task(idle.run())
+    await asyncio.sleep(1.0)
+    assert idle.turns <= 4
+    assert idle.looks == 0
+    idle.reason = None
+    async with asyncio.timeout(10):
+        while not idle.looks:
+            await asyncio.sleep(0.01)
+    task.cancel()
+    await asyncio.wait([task])
 
 
 class Known:

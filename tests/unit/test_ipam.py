@@ -510,6 +510,7 @@ async def test_releasing_what_is_not_taken(docker):
     pool_id = await docker.pool("10.1.0.0/24")
     await ipam.release_address(pool_id, ip_address("10.1.0.5"))
     await ipam.release_address(pool_id, ip_address("10.99.0.5"))
+    assert list(docker.rig.state.view.all(Reservation, "addresses/")) == []
 
 
 async def test_releasing_another_hosts_address(docker):

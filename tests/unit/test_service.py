@@ -208,6 +208,7 @@ def test_another_name_for_the_directory(short):
     """A path by way of a link, as /var/run is, names the same socket."""
     (short / "link").symlink_to(short)
     own = service.as_plugin(listening_at(short / "a.sock"), short / "link" / "a.sock")
+    assert own.getsockname() == str(short / "a.sock")
     own.close()
 
 

@@ -53,13 +53,11 @@ class Guest:
         """Return what systemd says of the boot."""
         return self.ask("systemctl", "is-system-running")[1].strip()
 
-    def ask(
-        self, *argv: str, seconds: float = 300.0, text: str = ""
-    ) -> tuple[int, str, str]:
+    def ask(self, *argv: str, seconds: float = 300.0) -> tuple[int, str, str]:
         """Run a command; return its exit code and what it printed."""
         enter = ("nsenter", f"--target={self.leader}", "--all", "env", "-i", PATHS)
         done = subprocess.run(
-            [*enter, *argv], input=text, capture_output=True, text=True,
+            [*enter, *argv], stdin=subprocess.DEVNULL, capture_output=True, text=True,
             errors="replace", timeout=seconds, check=False,
         )  # fmt: skip
         return done.returncode, done.stdout, done.stderr
