@@ -28,6 +28,9 @@ SHARING = (
     ("tests/install", "tests/setup", "tests/web"),
 )
 """Suites of which some share a run."""
+UNWELL = ("failure", "error", "skipped")
+MOST_TEXT = 1500
+"""Characters shown of each failure at the end."""
 NO_TESTS = 5
 """pytest's exit code when there was nothing to run."""
 
@@ -48,6 +51,8 @@ class Outcome:
     passed: int
     failed: int
     seconds: float
+    failures: tuple[str, ...] = ()
+    """Which tests failed, and with what."""
 
 
 def main(quick: Sequence[str]) -> int:
@@ -116,27 +121,48 @@ def run(suite: Suite) -> Outcome:
         else:
             argv.append(f"--junitxml={result}")
         code = subprocess.run(argv, env=environment, check=False).returncode
-        passed, failed = count(result)
+        passed, failures = read(result)
+    failed = len(failures)
     if code not in {0, NO_TESTS} and not failed:
         failed = 1
     seconds = time.monotonic() - begin
-    return Outcome(name=suite.name, passed=passed, failed=failed, seconds=seconds)
+    return Outcome(
+        name=suite.name,
+        passed=passed,
+        failed=failed,
+        seconds=seconds,
+        failures=failures,
+    )
 
 
-def count(result: Path) -> tuple[int, int]:
-    """Return how many tests passed and how many did not, by pytest's own record."""
+def read(result: Path) -> tuple[int, tuple[str, ...]]:
+    """Return how many tests passed and what the others say, by pytest's own record."""
     if not result.exists():
-        return 0, 0
-    passed = failed = 0
-    for suite in ET.parse(result).iter("testsuite"):
-        number = {k: int(suite.get(k, 0)) for k in ("errors", "failures", "skipped")}
-        failed += sum(number.values())
-        passed += int(suite.get("tests", 0)) - sum(number.values())
-    return passed, failed
+        return 0, ()
+    passed = 0
+    failures = []
+    for case in ET.parse(result).iter("testcase"):
+        bad = [found for kind in UNWELL for found in case.iter(kind)]
+        passed += not bad
+        where = f"{case.get('classname')}::{case.get('name')}"
+        failures += [f"{where}: {reason(found)}" for found in bad]
+    return passed, tuple(failures)
+
+
+def reason(found: ET.Element) -> str:
+    """Return what an assertion said, or its end if that is long: there it says why."""
+    said = [
+        line[1:].strip() for line in (found.text or "").splitlines() if line[:1] == "E"
+    ]
+    text = "\n".join(said) or found.get("message", "")
+    return text if len(text) <= MOST_TEXT else f"[…] {text[-MOST_TEXT:]}"
 
 
 def report(outcomes: Sequence[Outcome]) -> None:
-    """Print the table."""
+    """Print what failed, where it can be seen at once, and the table."""
+    for outcome in outcomes:
+        for failure in outcome.failures:
+            print(f"\n=== {outcome.name}, failed: {failure}")
     width = max(len(outcome.name) for outcome in outcomes)
     print(f"\n{'suite':{width}}  passed  failed  seconds")
     for outcome in outcomes:

@@ -9,7 +9,6 @@ import pytest
 
 from cnmdriver.lab.host import Host
 from cnmdriver.lab.lab import Lab
-from cnmdriver.lab.process import LabError
 from tests.dockerd.tools import (
     Container,
     Scene,
@@ -248,18 +247,8 @@ def test_twenty_at_once(scene: Scene) -> None:
         assert all(names(one) == ["eth0"] for one in boxes)
         (left,) = [n for n in told(scene.host, "networks") if n["name"] == second]
         assert left["endpoints"] == 0
-    for one in boxes:
-        scene.containers.remove(one.name)
-    scene.host.docker("rm", "-f", *(one.name for one in boxes))
-    try:
-        scene.remove_network(second)
-    except LabError as error:
-        # dockerd 20.10 loses count of endpoints when many go at once, and counts anew
-        # when it starts: "Fixing inconsistent endpoint_cnt".
-        assert "has active endpoints" in str(error)
-        scene.host.stop_dockerd()
-        scene.host.start_dockerd()
-        scene.remove_network(second)
+    scene.remove(*boxes)
+    scene.remove_network(second)
 
 
 def test_disconnect_under_traffic(scene: Scene) -> None:

@@ -383,7 +383,7 @@ class Scene:
 
     def remove_network(self, name: str) -> None:
         """Remove a network now."""
-        self.host.docker("network", "rm", name)
+        remove_network(self.host, name)
         self.networks.remove(name)
 
     def close(self) -> None:
@@ -393,8 +393,28 @@ class Scene:
         if names:
             self.host.docker("rm", "-f", *names)
         networks, self.networks = self.networks, []
-        if networks:
-            self.host.docker("network", "rm", *networks)
+        for network in networks:
+            remove_network(self.host, network)
+
+
+def remove_network(host: Host, name: str) -> None:
+    """
+    Remove a network; Docker is started anew if it has lost count of its endpoints.
+
+    dockerd 20.10 does that, with its own drivers too, when several come or go at once:
+    it then refuses to remove a network without containers. It counts again as it
+    starts ("Fixing inconsistent endpoint_cnt").
+    """
+    try:
+        host.docker("network", "rm", name)
+    except LabError as error:
+        shown = ("network", "inspect", "-f", "{{len .Containers}}", name)
+        counted = "has active endpoints" in str(error)
+        if not counted or host.docker(*shown).stdout.strip() != "0":
+            raise
+        host.stop_dockerd()
+        host.start_dockerd()
+        host.docker("network", "rm", name)
 
 
 ADMIN = "/run/pynet/admin.sock"
