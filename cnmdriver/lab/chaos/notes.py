@@ -35,8 +35,10 @@ REFUSALS = (
             r"|task \w+: already exists|userland proxy: .* address already in use"
             r"|failed to start shim: mkdir \S+: file exists"
             # Killed as it had set a default route and not yet written that down: seen
-            # with its own bridges too, in one of 80 kills.
+            # with its own bridges too, in one of 80 kills. From then on it counts the
+            # container's interfaces wrong.
             r"|failed to set gateway while updating gateway: file exists"
+            r"|failed to add interface \S+ to sandbox: error renaming interface"
         ),
     ),
 )

@@ -131,8 +131,21 @@ def _check_group(net: Net, group: Sequence[Place], notes: Notes) -> None:
             notes.find(
                 WRONG,
                 f"{one.name} on {one.host.name} does not reach {other.name} on "
-                f"{other.host.name}, {address} of {net.name}",
+                f"{other.host.name}, {address} of {net.name}\n"
+                f"{traced(one, address)}",
             )
+
+
+def traced(place: Place, address: str) -> str:
+    """Return what `pynet trace` says of a way, and whether it is open after that."""
+    begin = time.monotonic()
+    try:
+        text = place.host.pynet("trace", place.name, address, check=False).stdout
+    except LabError as error:
+        text = str(error)
+    later = reaches(place, address)
+    answer = "answers" if later else "does not answer"
+    return f"{text}\n{time.monotonic() - begin:.1f} s later it {answer}"
 
 
 def reaches(place: Place, address: str) -> bool:
