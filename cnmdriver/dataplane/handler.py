@@ -67,6 +67,14 @@ def refusal(what: str, code: int, text: str = "") -> Refusal:
     return Refusal(f"{what} failed: {said} ({name})", code)
 
 
+def unknown_kind(what: str, kind: str) -> KernelError:
+    """Word that the kernel cannot make a kind of device."""
+    return KernelError(
+        f"{what} failed: the kernel knows no {kind} devices; "
+        f"load its module with modprobe {kind}"
+    )
+
+
 def too_slow(what: str) -> KernelError:
     """Word an operation that did not end within the bound."""
     return KernelError(

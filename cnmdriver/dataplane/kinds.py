@@ -33,14 +33,6 @@ def request(op: Device, master: int) -> dict[str, Any]:
         case Bridge():
             own = {"address": op.mac, "br_mcast_snooping": 0}
             return {"kind": "bridge", "group": GROUP, **own}
-        case Veth():
-            if op.peer is None or op.mac is None:
-                raise KernelError(
-                    f"making device {op.name} failed: its far end is not known"
-                )
-            peer = {"ifname": op.peer, "address": op.mac, "mtu": op.mtu, "group": GROUP}
-            common = {"mtu": op.mtu, "group": GROUP, "master": master}
-            return {"kind": "veth", **common, "peer": peer}
         case Vxlan():
             local = "vxlan_local" if op.local.version == 4 else "vxlan_local6"
             return {
@@ -54,7 +46,7 @@ def request(op: Device, master: int) -> dict[str, Any]:
                 "vxlan_learning": 0,
                 "vxlan_ttl": TTL,
             }
-        case Interface():
+        case _:
             raise KernelError(
                 f"setting up device {op.name} failed: the pair it is an end of is "
                 "not there"

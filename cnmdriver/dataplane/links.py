@@ -11,13 +11,16 @@ costs more than all the rest, and a VXLAN device has its UDP socket where it was
 
 import asyncio
 import errno
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, Final, TypeGuard
+from pathlib import Path
+from typing import Any
 
-from cnmdriver.dataplane import groups, kinds, sandbox, seating
-from cnmdriver.dataplane.handler import Refusal, Undo, only, refusal
+from cnmdriver.dataplane import groups, kinds, pairs, sandbox, seating
+from cnmdriver.dataplane.handler import Refusal, Undo, only, refusal, unknown_kind
 from cnmdriver.dataplane.kinds import Device
 from cnmdriver.dataplane.link import Link, Port
 from cnmdriver.dataplane.place import Place
@@ -27,7 +30,8 @@ from cnmdriver.model import UDP
 from cnmdriver.plan.ops import GROUP, Bridge, Interface, Plan, Seat, Veth, Vxlan
 
 MARK = "pynet:"
-NOWHERE: Final[Mapping[str, Any]] = {}
+OWN = Path("/proc/thread-self/ns/net")
+"""The namespace of the thread that opens it: the event loop's is in the host's."""
 TRIES, PAUSE = 50, 0.02
 """A namespace that was removed keeps VNIs until the kernel gets round to it."""
 
@@ -181,8 +185,8 @@ class Links:
         if link is not None and not kinds.fits(op, link, other):
             await self._give_way(link, other, undo)
             link = other = None
-        if link is None and isinstance(op, Veth) and is_seat_there(op.seat):
-            await self._build(op, op.seat, undo)
+        if link is None and isinstance(op, Veth):
+            await self._pair(op, undo)
             return
         if link is None:
             link = await self._make(op, undo)
@@ -215,51 +219,85 @@ class Links:
             undo.append(partial(self._hold, before, []))
         await self._netlink.remove(link)
 
-    async def _build(self, op: Veth, seat: Seat, undo: Undo) -> None:
-        """Make a pair with its far end in a sandbox, and set that up too."""
-        with seating.opened(seat.sandbox) as descriptor:
-            there = {"ifname": seat.name, "net_ns_fd": descriptor}
-            link = await self._make(op, undo, there)
-            # Docker finds it up and running.
-            await self._mend(op, link, undo)
-            await seating.furnish(descriptor, seat)
+    async def _pair(self, op: Veth, undo: Undo) -> None:
+        """Make a pair, and set up what is in a sandbox; Docker finds that running."""
+        if op.peer is None or op.mac is None:
+            raise KernelError(
+                f"making device {op.name} failed: its far end is not known"
+            )
+        seat = there(op.seat)
+        bridge = self._bridge_of(op)
+        with self._far_place(seat) as place:
+            peer = seat.name if seat else op.peer
+            # Noted before it is done: what ran out of time may yet succeed.
+            undo.append(lambda: self._remove(op.name))
+            made, whole = await self._asked(op, bridge, peer, place)
+            for _ in range(TRIES):
+                if made or seat or not await self._passes(op):
+                    break
+                await asyncio.sleep(PAUSE)
+                made, whole = await self._asked(op, bridge, peer, place)
+            if not made:
+                undo.pop()
+                raise await self._in_the_way(op, seat)
+            if not whole:
+                link = await self._netlink.link(op.name)
+                if link is None:
+                    raise removed(op.name)
+                await self._mend(op, link, undo)
+            if seat is not None and place is not None:
+                await seating.furnish(place, seat)
 
-    async def _make(
-        self, op: Device, undo: Undo, far: Mapping[str, Any] = NOWHERE
-    ) -> Link:
-        """Make a device; what is said of the far end of a pair goes before `op`."""
+    @contextmanager
+    def _far_place(self, seat: Seat | None) -> Iterator[int | None]:
+        """Open where the far end of a pair belongs, None if that is here."""
+        if seat is not None:
+            with seating.opened(seat.sandbox) as sandbox:
+                yield sandbox
+        elif self._is_elsewhere:
+            host = os.open(OWN, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                yield host
+            finally:
+                os.close(host)
+        else:
+            yield None
+
+    async def _asked(
+        self, op: Veth, bridge: int, peer: str, place: int | None
+    ) -> tuple[bool, bool]:
+        """Make a pair if nothing is in the way; tell if that was done, and the rest."""
+        what = f"making device {op.name}"
+        call = self._place.inside.ask(what, pairs.make, op, bridge, peer, place)
+        try:
+            code, whole = await call
+        except OSError as error:
+            raise refusal(what, error.errno or errno.EIO) from error
+        if code == errno.EOPNOTSUPP:
+            raise unknown_kind(what, "veth")
+        if code not in {0, errno.EEXIST}:
+            raise refusal(what, code)
+        return not code, whole
+
+    async def _make(self, op: Device, undo: Undo) -> Link:
         request = kinds.request(op, self._bridge_of(op))
-        if far:
-            request["peer"] |= far
         if isinstance(op, Vxlan):
             await self._refuse_strange_address(op)
         # Noted before it is done: a request that ran out of time may yet succeed.
         undo.append(lambda: self._remove(op.name))
-        made = await self._create(op, request, inside=bool(far))
+        made = await self._create(op, request)
         if not made:
             undo.pop()
         link = await self._netlink.link(op.name)
         if link is None:
-            if not made and far:
-                raise Conflict(
-                    f"an interface {far['ifname']} is needed in a sandbox that has one"
-                )
-            if not made:
-                raise Conflict(await self._taken(op))
-            raise Conflict(f"device {op.name} was removed while it was made; try again")
+            raise removed(op.name) if made else await self._in_the_way(op)
         if not made:
             self._refuse_foreign(op, link)
         return link
 
-    async def _create(
-        self, op: Device, request: dict[str, Any], *, inside: bool
-    ) -> bool:
-        """
-        Make a device; tell whether it was made, False if something is taken.
-
-        A pair that reaches `inside` a sandbox has no end in the host's namespace.
-        """
-        if not self._is_elsewhere or isinstance(op, Bridge) or inside:
+    async def _create(self, op: Device, request: dict[str, Any]) -> bool:
+        """Make a device; tell whether it was made, False if something is taken."""
+        if not self._is_elsewhere or isinstance(op, Bridge):
             return await self._netlink.add(op.name, **request)
         there = {"net_ns_fd": self._place.descriptor}
         for _ in range(TRIES):
@@ -283,17 +321,27 @@ class Links:
             return far is None
         return isinstance(op, Vxlan) and await self._user_of(op.vni) is None
 
-    async def _taken(self, op: Device) -> str:
+    async def _in_the_way(self, op: Device, seat: Seat | None = None) -> Conflict:
         """Say what is in the way of a device."""
+        link = await self._netlink.link(op.name)
+        if link is not None:
+            self._refuse_foreign(op, link)
+            return Conflict(f"device {op.name} was made by another; try again")
+        if seat is not None:
+            return Conflict(
+                f"an interface {seat.name} is needed in a sandbox that has one"
+            )
         if isinstance(op, Vxlan):
             user = await self._user_of(op.vni)
             named = f"device {user.name}" if user else "one in another namespace"
-            return (
+            return Conflict(
                 f"device {op.name} is needed with VXLAN network identifier {op.vni}, "
                 f"but {named} has that; remove it"
             )
         taken = op.peer if isinstance(op, Veth) else op.name
-        return f"device {op.name} is needed, but a device {taken} exists; remove it"
+        return Conflict(
+            f"device {op.name} is needed, but a device {taken} exists; remove it"
+        )
 
     async def _user_of(self, vni: int) -> Link | None:
         for netlink in dict.fromkeys((self._outer, self._netlink)):
@@ -391,9 +439,14 @@ class Links:
             await self._netlink.change(new, state="up" if new.up else "down")
 
 
-def is_seat_there(seat: Seat | None) -> TypeGuard[Seat]:
-    """Tell whether something is to be built in a sandbox that is there."""
-    return seat is not None and sandbox.is_there(seat.sandbox)
+def removed(name: str) -> Conflict:
+    """Make the refusal for a device that went while it was made."""
+    return Conflict(f"device {name} was removed while it was made; try again")
+
+
+def there(seat: Seat | None) -> Seat | None:
+    """Return a seat if the sandbox in which it is is there."""
+    return seat if seat is not None and sandbox.is_there(seat.sandbox) else None
 
 
 def _rank(op: Device) -> int:

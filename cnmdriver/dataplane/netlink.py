@@ -22,7 +22,7 @@ from pyroute2 import AsyncIPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from cnmdriver.dataplane import rtnetlink
-from cnmdriver.dataplane.handler import BOUND, Refusal, refusal, too_slow
+from cnmdriver.dataplane.handler import BOUND, Refusal, refusal, too_slow, unknown_kind
 from cnmdriver.dataplane.inside import Inside
 from cnmdriver.dataplane.link import BRIDGE_FLAGS, Link, Port, read
 from cnmdriver.dataplane.packed import Packed
@@ -181,11 +181,7 @@ class Netlink:
             if error.code == errno.EEXIST:
                 return False
             if error.code == errno.EOPNOTSUPP:
-                kind = request.get("kind")
-                raise KernelError(
-                    f"{what} failed: the kernel knows no {kind} devices; "
-                    f"load its module with modprobe {kind}"
-                ) from error
+                raise unknown_kind(what, request["kind"]) from error
             raise _refusal(what, error) from error
         return True
 

@@ -18,6 +18,7 @@ ERROR, DONE = 2, 3
 REQUEST, ACK, EXCLUSIVE, CREATE, DUMP = 0x1, 0x4, 0x200, 0x400, 0x300
 NAME, GROUP, EXTENT = 3, 27, 29
 SKIP_STATS = 8
+UP = 0x1
 INTERRUPTED = 0x10
 """The flag of a message that does not go together with those before it."""
 TOGETHER = 64

@@ -27,13 +27,14 @@ from cnmdriver.dataplane.rtnetlink import (
     NEW_ADDRESS,
     NEW_LINK,
     SET_LINK,
+    UP,
 )
 from cnmdriver.model import IPInterface
 from cnmdriver.plan.ops import Seat
 
 SETTINGS = Path("/proc/sys/net")
 LOCAL, ADDRESS, BROADCAST = 2, 1, 4
-UP, NODAD = 0x1, 0x02
+NODAD = 0x02
 FAMILIES = {4: int(socket.AF_INET), 6: int(socket.AF_INET6)}
 GONE = {errno.ENODEV, errno.EADDRNOTAVAIL}
 

@@ -34,7 +34,12 @@ HOST = "0123456789abcdef"
 LOCAL = Host(id=HOST, name="local", version="0")
 LIBC = ctypes.CDLL(None, use_errno=True)
 
-VOLATILE = {"gc_timer", "hello_timer", "tcn_timer", "topology_change_timer", "ifindex"}
+VOLATILE = {
+    *("gc_timer", "hello_timer", "tcn_timer", "topology_change_timer"),
+    # The kernel sees a moment later that nobody is at the other end.
+    *("operstate", "state", "LOWER_UP", "NO-CARRIER"),
+    "ifindex",
+}
 SETTINGS = (
     "net/ipv4/ip_forward",
     "net/ipv6/conf/all/forwarding",
@@ -132,6 +137,8 @@ def links() -> dict[str, object]:
     def steady(value: object) -> object:
         if isinstance(value, dict):
             return {k: steady(v) for k, v in value.items() if k not in VOLATILE}
+        if isinstance(value, list):
+            return [steady(v) for v in value if v not in VOLATILE]
         return value
 
     found = json.loads(run("ip", "-j", "-d", "link"))
@@ -142,6 +149,12 @@ def addresses() -> list[str]:
     """Read all addresses, without the index of their device."""
     lines = run("ip", "-o", "addr").splitlines()
     return sorted(line.partition(":")[2] for line in lines)
+
+
+def routes() -> str:
+    """Read all routes, without what the kernel sees a moment later."""
+    found = run("ip", "route") + run("ip", "-6", "route")
+    return found.replace("linkdown ", "")
 
 
 def ruleset() -> str:
@@ -170,7 +183,7 @@ def dump() -> dict[str, object]:
     return {
         "links": links(),
         "addresses": addresses(),
-        "routes": run("ip", "route") + run("ip", "-6", "route"),
+        "routes": routes(),
         "nft": ruleset(),
         "settings": settings(),
         "sockets": run("ss", "-Hlntu"),

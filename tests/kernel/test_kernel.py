@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from cnmdriver.dataplane import pairs
 from cnmdriver.dataplane.kernel import Kernel
 from cnmdriver.errors import Conflict, KernelError
 from cnmdriver.model import TCP
@@ -615,34 +616,53 @@ async def test_looking_at_once(kernel):
 async def test_bounded(kernel, monkeypatch):
     """A kernel that does not answer is an error within two seconds, and is undone."""
     before = without_filter(dump())
-    real = kernel._host.netlink._ip.brport
+    real = kernel._host.netlink._ip.addr
 
     async def slow(*_args, **_words):
         await asyncio.sleep(60)
 
-    monkeypatch.setattr(kernel._host.netlink._ip, "brport", slow)
+    monkeypatch.setattr(kernel._host.netlink._ip, "addr", slow)
     started = time.monotonic()
     with pytest.raises(KernelError, match="did not answer within 2 s"):
         await kernel.apply(PLAN)
     assert time.monotonic() - started < 5
     assert without_filter(dump()) == before
-    monkeypatch.setattr(kernel._host.netlink._ip, "brport", real)
+    monkeypatch.setattr(kernel._host.netlink._ip, "addr", real)
 
 
 async def test_failure_inside_an_operation(kernel, monkeypatch):
     """Whichever request of a plan is refused, what came before is taken back."""
     before = without_filter(dump())
     netlink = kernel._host.netlink
-    for verb in ("change", "generate", "port", "add_address"):
+    make = pairs.make
 
-        async def refuse(*_args, **_words):
-            raise KernelError("refused (EPERM)")
+    async def refuse(*_args, **_words):
+        raise KernelError("refused (EPERM)")
 
+    def in_part(op, bridge, peer, place):
+        made, _ = make(
+            replace(op, alias="", hairpin=not op.hairpin), bridge, peer, place
+        )
+        return made, False
+
+    def not_at_all(*_):
+        return errno.EPERM, False
+
+    for patches in (
+        *(((netlink, verb, refuse),) for verb in ("change", "generate", "add_address")),
+        ((pairs, "make", not_at_all),),
+        ((pairs, "make", in_part), (netlink, "port", refuse)),
+    ):
         with monkeypatch.context() as patch:
-            patch.setattr(netlink, verb, refuse)
+            for where, verb, instead in patches:
+                patch.setattr(where, verb, instead)
             with pytest.raises(KernelError, match="EPERM"):
                 await kernel.apply(PLAN)
-        assert without_filter(dump()) == before, verb
+        assert without_filter(dump()) == before, patches
+    with monkeypatch.context() as patch:
+        patch.setattr(pairs, "make", in_part)
+        await kernel.apply(PLAN)
+    assert not compare(PLAN, await kernel.found(PLAN))
 
 
 async def test_not_opened(tmp_path):
