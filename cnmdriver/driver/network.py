@@ -11,11 +11,10 @@ is a Conflict, and removing what is gone is a success.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Interface, IPv6Address, IPv6Interface
-from weakref import WeakValueDictionary
 
 import structlog
 
@@ -23,6 +22,7 @@ from cnmdriver.driver import claims, publishing
 from cnmdriver.driver.claims import Picker
 from cnmdriver.driver.doubts import Doubts
 from cnmdriver.driver.joining import Joining
+from cnmdriver.driver.locks import Locks
 from cnmdriver.driver.publishing import Publisher
 from cnmdriver.driver.remotes import Remotes
 from cnmdriver.driver.sandboxes import Sandboxes
@@ -66,33 +66,10 @@ class NetworkDriver:
         self.publisher = Publisher(site)
         self.sandboxes = Sandboxes(site)
         self.doubts = Doubts(site)
-        self.locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self.locks = Locks()
         self.creating = asyncio.Lock()
-        self.busy = 0
-        self.idle = asyncio.Event()
-        """Set while nobody works on any network."""
-        self.idle.set()
         self.owed: set[str] = set()
         """Endpoints whose interfaces were built anew while Docker was at work."""
-
-    @asynccontextmanager
-    async def locked(self, docker_id: str) -> AsyncIterator[None]:
-        """Let one call at a time work on a network."""
-        lock = self.locks.setdefault(docker_id, asyncio.Lock())
-        self.busy += 1
-        self.idle.clear()
-        try:
-            async with lock:
-                yield
-        finally:
-            self.busy -= 1
-            if not self.busy:
-                self.idle.set()
-
-    def is_busy(self, docker_id: str) -> bool:
-        """Tell whether a call is at work on a network."""
-        lock = self.locks.get(docker_id)
-        return lock is not None and lock.locked()
 
     # Networks.
 
@@ -114,7 +91,7 @@ class NetworkDriver:
         wish = self.joining.read(docker_id, subnets, options, internal=internal)
         pickers = {4: Picker(), 6: Picker()}
         self.doubts.end([docker_id])
-        async with self.locked(docker_id):
+        async with self.locks.network(docker_id):
             before = self.part(docker_id)
             try:
                 around = await self.joining.around()
@@ -145,7 +122,7 @@ class NetworkDriver:
 
     async def delete(self, docker_id: str) -> None:
         """Remove a network from this host, with whatever is still attached."""
-        async with self.locked(docker_id):
+        async with self.locks.network(docker_id):
             member = self.part(docker_id)
             if member is None:
                 return
@@ -174,7 +151,7 @@ class NetworkDriver:
         another endpoint's on whichever host, KernelError if the kernel cannot know of
         the other hosts' endpoints.
         """
-        async with self.locked(docker_id):
+        async with self.locks.endpoint(docker_id, endpoint_id):
             member = self.site.member(docker_id)
             network = self.site.network(member)
             given = tuple(a for a in (ipv4, ipv6) if a is not None)
@@ -218,13 +195,17 @@ class NetworkDriver:
             if other.id == endpoint.id or not rival:
                 continue
             given_again = any(a.network not in ours for a in shared)
-            if given_again or await self.sandboxes.is_gone(other):
-                log.warning("network.endpoint_forgotten", endpoint=other.id[:12])
-                await self.erase(other)
+            # That one waits for none: it has its place, and so no rival.
+            async with self.locks.also(other.id):
+                key = records.endpoint(network.id, other.id)
+                now = self.site.view.get(Endpoint, key)
+                if now and (given_again or await self.sandboxes.is_gone(now)):
+                    log.warning("network.endpoint_forgotten", endpoint=now.id[:12])
+                    await self.erase(now)
 
     async def remove_unreached(self, endpoint: Endpoint) -> bool:
         """Remove an endpoint unless it is in use in a sandbox; tell whether it went."""
-        async with self.locked(self.docker_id(endpoint)):
+        async with self.locked(endpoint):
             if await self.sandboxes.is_reached(endpoint):
                 return False
             await self.erase(endpoint)
@@ -248,7 +229,7 @@ class NetworkDriver:
 
     async def reap(self, endpoint: Endpoint) -> None:
         """Remove an endpoint whose sandbox is gone; leave any other as it is."""
-        async with self.locked(self.docker_id(endpoint)):
+        async with self.locked(endpoint):
             if await self.sandboxes.is_gone(endpoint):
                 log.warning("network.endpoint_forgotten", endpoint=endpoint.id[:12])
                 await self.erase(endpoint)
@@ -362,7 +343,7 @@ class NetworkDriver:
 
     async def delete_endpoint(self, docker_id: str, endpoint_id: str) -> None:
         """Remove an endpoint; Docker may skip Leave and Revoke before."""
-        async with self.locked(docker_id):
+        async with self.locks.endpoint(docker_id, endpoint_id):
             endpoint = self.find(docker_id, endpoint_id)
             if endpoint is not None:
                 self.sandboxes.deleted(endpoint)
@@ -370,8 +351,12 @@ class NetworkDriver:
 
     async def remove(self, endpoint: Endpoint) -> None:
         """Remove an endpoint that nobody asked Docker to remove."""
-        async with self.locked(self.docker_id(endpoint)):
+        async with self.locked(endpoint):
             await self.erase(endpoint)
+
+    def locked(self, endpoint: Endpoint) -> AbstractAsyncContextManager[None]:
+        """Let nobody else work on an endpoint."""
+        return self.locks.endpoint(self.docker_id(endpoint), endpoint.id)
 
     def docker_id(self, endpoint: Endpoint) -> str:
         """Return what Docker calls the network of an endpoint."""
@@ -431,7 +416,7 @@ class NetworkDriver:
 
         What cannot be built in the sandbox is left to Docker, for whatever reason.
         """
-        async with self.locked(docker_id):
+        async with self.locks.endpoint(docker_id, endpoint_id):
             before = self.known(docker_id, endpoint_id)
             member = self.site.member(docker_id)
             network = self.site.network(member)
@@ -534,7 +519,7 @@ class NetworkDriver:
         Raises Conflict with the program that has a port, Exhausted if none of a range
         is free.
         """
-        async with self.locked(docker_id):
+        async with self.locks.endpoint(docker_id, endpoint_id):
             endpoint = self.known(docker_id, endpoint_id)
             member = self.site.member(docker_id)
             if not firewall.closed(self.site.network(member)):
@@ -544,7 +529,7 @@ class NetworkDriver:
 
     async def revoke(self, docker_id: str, endpoint_id: str) -> None:
         """Take back what is published; unknown endpoints publish nothing."""
-        async with self.locked(docker_id):
+        async with self.locks.endpoint(docker_id, endpoint_id):
             endpoint = self.find(docker_id, endpoint_id)
             if endpoint is not None and endpoint.published:
                 await self.publisher.withdraw(endpoint)
@@ -568,7 +553,7 @@ class NetworkDriver:
         wish = self.joining.read(docker_id, subnets, options, internal=False)
         if not self.site.state.store.shared:
             return dict(options)
-        async with self.locked(docker_id):
+        async with self.locks.network(docker_id):
             around = await self.joining.around()
             network = await self.site.state.commit(
                 lambda draft: self.joining.allocate(draft, wish, around)
@@ -578,7 +563,7 @@ class NetworkDriver:
 
     async def free(self, docker_id: str) -> None:
         """Forget what `allocate` settled."""
-        async with self.locked(docker_id):
+        async with self.locks.network(docker_id):
             await self.site.state.remove(
                 lambda draft: self.joining.free(draft, docker_id)
             )

@@ -143,7 +143,7 @@ class Sync:
         """Let Docker's calls end: each would wait for the look, and be seen halfway."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(CALM):
-                await self.networks.idle.wait()
+                await self.networks.locks.idle.wait()
 
     async def watch(self) -> None:
         """Hear what happens to the kernel, until cancelled."""
@@ -298,7 +298,9 @@ class Sync:
             log.debug("docker.away", error=str(error))
             return
         doubts.end(have.networks)
-        lacking = {name for name in doubts.names if not self.networks.is_busy(name)}
+        lacking = {
+            name for name in doubts.names if not self.networks.locks.is_busy(name)
+        }
         for name in self.doubted.expired(lacking):
             log.warning("sync.network_gone", network=name[:12])
             await self.drop_network(name)

@@ -976,7 +976,7 @@ async def test_a_creation_under_way_is_waited_for(parts, docker, sync, door, clo
     await given_up(docker, RED)
     async with serving(Events(docker), door):
         await sync.turn()
-        async with parts.networks.locked(RED):
+        async with parts.networks.locks.network(RED):
             clock.now += module.DOUBT
             await sync.turn()
         await sync.turn()
