@@ -22,7 +22,6 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mappin
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -202,6 +201,7 @@ class SqliteStore:
         self.reserve = mending.Reserve(path.with_name(path.name + ".reserve"))
         self.history: deque[tuple[Event, ...]] = deque()
         self.compacted = 0
+        self.newest = 0
         self.written = asyncio.Condition()
         self.closed = False
         self.leases = 0
@@ -252,9 +252,7 @@ class SqliteStore:
         while not self.closed:
             # The condition is taken first: a commit in between still wakes us.
             async with self.written:
-                batches, newest = await self.call(
-                    "watch", partial(self._events, prefix, start, end or LAST)
-                )
+                batches, newest = self.events(prefix, start, end or LAST)
                 if not batches:
                     start = max(start, newest + 1)
                     if not self.closed:
@@ -263,6 +261,26 @@ class SqliteStore:
             for batch in batches:
                 yield batch
             start = batches[-1][0].revision + 1
+
+    def events(
+        self, prefix: str, start: int, end: str
+    ) -> tuple[list[tuple[Event, ...]], int]:
+        """Return the commits from a revision on that touched a prefix, and the last."""
+        # Read in this order: the thread writes them the other way round.
+        newest, history = self.newest, tuple(self.history)
+        if start <= self.compacted:
+            raise CompactedError(
+                f"the store has forgotten revision {start}; read everything again"
+            )
+        first, behind = prefix, min(prefix + LAST, end)
+        batches = []
+        for events in reversed(history):
+            if events[0].revision < start:
+                break
+            batch = tuple(event for event in events if first <= event.key < behind)
+            if batch:
+                batches.append(batch)
+        return batches[::-1], newest
 
     async def lease(self, ttl: float) -> Lease:
         """Make a lease."""
@@ -364,7 +382,7 @@ class SqliteStore:
         self.db.execute(f"PRAGMA wal_autocheckpoint = {PAGES}")
         self._make(self.db, Content())
         mending.check_writable(self.db)
-        self.compacted = self._number("revision")
+        self.compacted = self.newest = self._number("revision")
         leased = [k for (k,) in self.db.execute(
             "SELECT key FROM records WHERE lease IS NOT NULL"
         )]  # fmt: skip
@@ -486,6 +504,7 @@ class SqliteStore:
                 self.db.execute("ROLLBACK")
         if events:
             self.history.append(events)
+        self.newest = revision
         if len(self.history) > REMEMBERED:
             self._compact(self.history[0][0].revision)
         return revision
@@ -521,9 +540,9 @@ class SqliteStore:
         ), revision
 
     def _compact(self, revision: int) -> None:
+        self.compacted = max(self.compacted, revision)
         while self.history and self.history[0][0].revision <= revision:
             self.history.popleft()
-        self.compacted = max(self.compacted, revision)
 
     def _item(self, key: str) -> Item | None:
         row = self.db.execute(
@@ -534,18 +553,3 @@ class SqliteStore:
     def _end_lease(self, number: int) -> None:
         rows = self.db.execute("SELECT key FROM records WHERE lease = ?", (number,))
         self._commit(Change(deletes=frozenset(key for (key,) in rows)), None)
-
-    def _events(
-        self, prefix: str, start: int, end: str
-    ) -> tuple[list[tuple[Event, ...]], int]:
-        if start <= self.compacted:
-            raise CompactedError(
-                f"the store has forgotten revision {start}; read everything again"
-            )
-        first, behind = prefix, min(prefix + LAST, end)
-        batches = [
-            tuple(event for event in events if first <= event.key < behind)
-            for events in self.history
-            if events[0].revision >= start
-        ]
-        return [batch for batch in batches if batch], self._number("revision")
