@@ -108,9 +108,11 @@ class Links:
 
     async def _learn(self, links: Iterable[Link]) -> None:
         marked = {link.index: link.name for link in links if self._is_marked(link)}
-        for index in self._known.keys() - marked.keys():
-            # The kernel gives no index twice while a namespace lives.
-            if await self._netlink.link_at(index) is None:
+        missing = tuple(self._known.keys() - marked.keys())
+        # The kernel gives no index twice while a namespace lives.
+        there = await self._netlink.links_at(missing)
+        for index, link in zip(missing, there, strict=True):
+            if link is None:
                 self._known.pop(index, None)
         self._known |= marked
 
@@ -228,25 +230,25 @@ class Links:
         seat = there(op.seat)
         bridge = self._bridge_of(op)
         with self._far_place(seat) as place:
-            peer = seat.name if seat else op.peer
             # Noted before it is done: what ran out of time may yet succeed.
             undo.append(lambda: self._remove(op.name))
-            made, whole = await self._asked(op, bridge, peer, place)
+            made, whole = await self._asked(op, bridge, seat, place)
             for _ in range(TRIES):
                 if made or seat or not await self._passes(op):
                     break
                 await asyncio.sleep(PAUSE)
-                made, whole = await self._asked(op, bridge, peer, place)
+                made, whole = await self._asked(op, bridge, seat, place)
             if not made:
                 undo.pop()
                 raise await self._in_the_way(op, seat)
-            if not whole:
-                link = await self._netlink.link(op.name)
-                if link is None:
-                    raise removed(op.name)
-                await self._mend(op, link, undo)
+            if whole:
+                return
+            link = await self._netlink.link(op.name)
+            if link is None:
+                raise removed(op.name)
+            await self._mend(op, link, undo)
             if seat is not None and place is not None:
-                await seating.furnish(place, seat)
+                await seating.furnished(place, seat)
 
     @contextmanager
     def _far_place(self, seat: Seat | None) -> Iterator[int | None]:
@@ -264,13 +266,20 @@ class Links:
             yield None
 
     async def _asked(
-        self, op: Veth, bridge: int, peer: str, place: int | None
+        self, op: Veth, bridge: int, seat: Seat | None, place: int | None
     ) -> tuple[bool, bool]:
         """Make a pair if nothing is in the way; tell if that was done, and the rest."""
         what = f"making device {op.name}"
-        call = self._place.inside.ask(what, pairs.make, op, bridge, peer, place)
+        near = self._place
         try:
-            code, whole = await call
+            if seat is not None and place is not None:
+                code, whole = await seating.within(
+                    near.descriptor, what, pairs.build, op, bridge, seat, place
+                )
+            else:
+                code, whole = await near.inside.ask(
+                    what, pairs.make, op, bridge, op.peer or "", place
+                )
         except OSError as error:
             raise refusal(what, error.errno or errno.EIO) from error
         if code == errno.EOPNOTSUPP:
@@ -383,8 +392,8 @@ class Links:
 
     async def _remove_together(self, pairs: Iterable[Veth]) -> bool:
         """Remove pairs that are ours at once; tell whether that was possible."""
-        links = [await self.ours(op.name) for op in pairs]
-        indexes = [link.index for link in links if link is not None]
+        links = await self._netlink.links_called(op.name for op in pairs)
+        indexes = [link.index for link in links if link and self._is_ours(link)]
         what = f"removing {len(indexes)} devices"
         try:
             return await self._place.inside.ask(what, groups.remove, indexes)

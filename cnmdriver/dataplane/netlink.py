@@ -14,7 +14,7 @@ import ipaddress
 import os
 import socket
 import struct
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -37,7 +37,6 @@ UNUSABLE = 0x01 | 0x08 | 0x20 | 0x40
 MAIN_TABLE = 254
 UNICAST = 1
 BY_KERNEL = 2
-SKIP_STATS = 8
 DUMP_TRIES = 4
 PAUSE = 0.02
 """Seconds after a dump in vain."""
@@ -116,11 +115,19 @@ class Netlink:
         # For a new device that is the answer, and by far the cheaper question.
         if self.index(name) is None:
             return None
-        return await self._link(f"looking for {name}", ifname=name)
+        return (await self.links_called([name]))[0]
 
     async def link_at(self, index: int) -> Link | None:
         """Return the device of that index, None if there is none."""
-        return await self._link(f"looking for device {index}", index=index)
+        return (await self.links_at([index]))[0]
+
+    async def links_called(self, names: Iterable[str]) -> tuple[Link | None, ...]:
+        """Return the device of each name, None where there is none."""
+        return await self._described(map(rtnetlink.called, names))
+
+    async def links_at(self, indexes: Iterable[int]) -> tuple[Link | None, ...]:
+        """Return the device of each index, None where there is none."""
+        return await self._described(map(rtnetlink.link, indexes))
 
     def index(self, name: str) -> int | None:
         """Return the index of a device, None if there is none of that name."""
@@ -346,15 +353,20 @@ class Netlink:
             source=ipaddress.ip_address(source) if source else None,
         )
 
-    async def _link(self, what: str, **which: str | int) -> Link | None:
+    async def _described(self, which: Iterable[bytes]) -> tuple[Link | None, ...]:
+        what, packed = "looking at devices", tuple(which)
+        if not packed:
+            return ()
         try:
-            request = self._ip.link("get", ext_mask=SKIP_STATS, **which)
-            answer = await self._request(what, request)
-        except NetlinkError as error:
-            if error.code == errno.ENODEV:
-                return None
-            raise _refusal(what, error) from error
-        return read(answer[0]) if answer else None
+            answers = await self._inside.ask(what, rtnetlink.described, packed)
+        except OSError as error:
+            raise refusal(what, error.errno or errno.EIO) from error
+        found: list[Link | None] = []
+        for one in answers:
+            if isinstance(one, int) and one != errno.ENODEV:
+                raise refusal(what, one)
+            found.append(None if isinstance(one, int) else read(Packed(one)))
+        return tuple(found)
 
     async def _dump(self, what: str, kind: str, **request: int) -> list[Any]:
         """

@@ -11,6 +11,7 @@ import socket
 from collections.abc import Iterator
 
 from cnmdriver.dataplane import rtnetlink
+from cnmdriver.dataplane.inside import enter
 from cnmdriver.dataplane.rtnetlink import (
     CREATE,
     EXCLUSIVE,
@@ -22,9 +23,11 @@ from cnmdriver.dataplane.rtnetlink import (
     Request,
     attribute,
     number,
+    text,
 )
+from cnmdriver.dataplane.seating import furnish
 from cnmdriver.plan import ops
-from cnmdriver.plan.ops import Veth
+from cnmdriver.plan.ops import Seat, Veth
 
 ADDRESS, MTU, MASTER, INFO, ALIAS, FAMILIES, NAMESPACE = 1, 4, 10, 18, 20, 26, 28
 KIND, DATA, PORT_KIND, PORT_DATA = 1, 2, 4, 5
@@ -45,6 +48,19 @@ def make(op: Veth, bridge: int, peer: str, place: int | None) -> tuple[int, bool
     """
     made, *rest = rtnetlink.asked(list(requests(op, bridge, peer, place)))
     return made, not any(rest)
+
+
+def build(op: Veth, bridge: int, seat: Seat, sandbox: int) -> tuple[int, bool]:
+    """
+    Make a pair that reaches into a sandbox, and stay there to set up what is inside.
+
+    Returns the same as `make`; all the rest is not done unless all before it was.
+    """
+    made, whole = make(op, bridge, seat.name, sandbox)
+    if whole and not made:
+        enter(sandbox)
+        furnish(seat)
+    return made, whole
 
 
 def requests(op: Veth, bridge: int, peer: str, place: int | None) -> Iterator[Request]:
@@ -73,8 +89,3 @@ def requests(op: Veth, bridge: int, peer: str, place: int | None) -> Iterator[Re
 
     if op.up:
         yield SET_LINK, 0, rtnetlink.link(0, flags=UP, mask=UP) + near
-
-
-def text(name: str) -> bytes:
-    """Return a name as the kernel reads it."""
-    return os.fsencode(name) + b"\0"

@@ -39,6 +39,16 @@ def link(index: int, *, flags: int = 0, mask: int = 0) -> bytes:
     return LINK.pack(0, 0, index, flags, mask)
 
 
+def called(name: str) -> bytes:
+    """Pack what names a device by its name."""
+    return link(0) + attribute(NAME, text(name))
+
+
+def text(name: str) -> bytes:
+    """Return a name as the kernel reads it."""
+    return os.fsencode(name) + b"\0"
+
+
 def index(packed: bytes) -> int:
     """Return the index of a device as it is packed."""
     found: int = LINK.unpack_from(packed)[2]
@@ -74,6 +84,26 @@ def done(requests: Sequence[Request]) -> None:
     for code in asked(requests):
         if code:
             raise OSError(code, os.strerror(code))
+
+
+def described(which: Sequence[bytes]) -> list[bytes | int]:
+    """Return each device, by what names it, as it is packed, or the errno of asking."""
+    found: list[bytes | int] = []
+    extent = number(EXTENT, SKIP_STATS)
+    with _opened() as sock:
+        for at in range(0, len(which), TOGETHER):
+            some = which[at : at + TOGETHER]
+            requests = [(GET_LINK, 0, one + extent) for one in some]
+            sock.send(b"".join(_message(one, n) for n, one in enumerate(requests)))
+            while len(found) < at + len(some):
+                data = sock.recv(65_536)
+                found += [
+                    _code(data, place)
+                    if kind == ERROR
+                    else data[place + MESSAGE.size : end]
+                    for kind, place, end in messages(data)
+                ]
+    return found
 
 
 def links() -> tuple[list[bytes], bool]:

@@ -68,10 +68,10 @@ async def devices(sandbox: str) -> frozenset[str]:
         return await within(descriptor, f"entering sandbox {sandbox}", _devices)
 
 
-async def furnish(descriptor: int, seat: Seat) -> None:
+async def furnished(descriptor: int, seat: Seat) -> None:
     """Set a new interface up in its sandbox."""
     what = f"setting up {seat.name} in sandbox {seat.sandbox}"
-    await within(descriptor, what, _furnish, seat)
+    await within(descriptor, what, furnish, seat)
 
 
 async def vacate(seat: Seat, leaving: str) -> None:
@@ -86,15 +86,16 @@ async def vacate(seat: Seat, leaving: str) -> None:
 
 
 async def within(
-    descriptor: int,
+    descriptor: int | None,
     what: str,
     function: Callable[[Unpack[A]], T],
     *arguments: *A,
 ) -> T:
-    """Call a function in a namespace, in a thread that ends there."""
+    """Call a function in a namespace, or the host's, in a thread that ends there."""
 
     def work() -> T:
-        enter(descriptor)
+        if descriptor is not None:
+            enter(descriptor)
         return function(*arguments)
 
     loop = asyncio.get_running_loop()
@@ -116,7 +117,8 @@ def _devices() -> frozenset[str]:
     return frozenset(name for _, name in socket.if_nameindex())
 
 
-def _furnish(seat: Seat) -> None:
+def furnish(seat: Seat) -> None:
+    """Set a new interface up in the thread's namespace; raises OSError."""
     index = socket.if_nametoindex(seat.name)
     six = any(address.version == 6 for address in seat.addresses)
     path = SETTINGS / "ipv6/conf" / seat.name / "disable_ipv6"
@@ -136,7 +138,7 @@ def _vacate(seat: Seat, leaving: str) -> None:
         index = socket.if_nametoindex(seat.name)
     except OSError:
         return
-    name = rtnetlink.attribute(NAME, os.fsencode(leaving) + b"\0")
+    name = rtnetlink.attribute(NAME, rtnetlink.text(leaving))
     faces = [(DELETE_ADDRESS, 0, _face(index, one, 0)) for one in seat.addresses]
     rename = (SET_LINK, 0, rtnetlink.link(index) + name)
     *codes, renamed = rtnetlink.asked([*faces, rename])
