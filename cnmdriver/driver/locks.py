@@ -66,6 +66,8 @@ class Locks:
         self._gates: WeakValueDictionary[str, Gate] = WeakValueDictionary()
         self._endpoints: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._busy = 0
+        self.begun = 0
+        """How often somebody has begun."""
         self.idle = asyncio.Event()
         """Set while nobody works on any network."""
         self.idle.set()
@@ -99,6 +101,7 @@ class Locks:
     @asynccontextmanager
     async def _working(self) -> AsyncIterator[None]:
         self._busy += 1
+        self.begun += 1
         self.idle.clear()
         try:
             yield

@@ -34,8 +34,8 @@ from cnmdriver.store.view import Draft
 
 SETTLE = 0.2
 """Seconds to wait for more of Docker's events, or for its calls to end."""
-CALM = 2.0
-"""Seconds, at most, that a look waits for a moment without calls of Docker's."""
+QUIET, CALM = 0.05, 1.0
+"""Seconds without a call of Docker's that a look waits for, and how long at most."""
 SHARE = 0.2
 """Of its time that the loop looks at changes that the kernel announces, at most."""
 SOON = 0.3
@@ -140,10 +140,19 @@ class Sync:
             self.ended = loop.time()
 
     async def calm(self) -> None:
-        """Let Docker's calls end: each would wait for the look, and be seen halfway."""
+        """
+        Let Docker's calls end: each would wait for the look, and be seen halfway.
+
+        Of many that come together one begins when another has ended.
+        """
+        locks = self.networks.locks
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(CALM):
-                await self.networks.locks.idle.wait()
+                begun = -1
+                while begun != locks.begun:
+                    await locks.idle.wait()
+                    begun = locks.begun
+                    await asyncio.sleep(QUIET)
 
     async def watch(self) -> None:
         """Hear what happens to the kernel, until cancelled."""
@@ -175,7 +184,9 @@ class Sync:
             return
         problems = await self.mend(difference)
         surplus, self.orphans = removable(
-            difference.surplus, self.known_endpoints(), shared=await self.shared()
+            difference.surplus,
+            self.known_endpoints(),
+            shared=bool(difference.surplus) and await self.shared(),
         )
         if surplus:
             log.info("sync.surplus", objects=[ops.name(op) for op in surplus])
@@ -378,6 +389,7 @@ class Sync:
             async for _ in events:
                 # What happens meanwhile comes as one event more.
                 await asyncio.sleep(SETTLE)
+                await self.calm()
                 ours = frozenset(m.docker_id for m in self.site.members())
                 self.learn(await docker.inventory(driver, ours))
 
