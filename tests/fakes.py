@@ -102,6 +102,9 @@ class FakeKernel:
         over.set_result(None)
         return over
 
+    def hurry(self) -> None:
+        """Do nothing: all is gone."""
+
     async def found(self, wanted: Plan = ()) -> Plan:
         """Return what is held."""
         del wanted

@@ -2,11 +2,12 @@
 What is taken out of the kernel after the answer, and together.
 
 Docker waits for the answer to each removal, and the kernel as long for one device as
-for many. So removals wait a moment for others. Who needs one to be over waits for it,
-and has it done at once.
+for many, with its lock held. So removals wait until no others have come for a moment.
+Who needs one to be over hurries them, and waits for it.
 """
 
 import asyncio
+import contextlib
 import contextvars
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
@@ -18,8 +19,8 @@ from cnmdriver.errors import KernelError
 from cnmdriver.plan import ops
 from cnmdriver.plan.ops import Plan, Veth
 
-MOMENT = 0.02
-"""Seconds in which others may come."""
+MOMENT, MOST = 0.03, 0.3
+"""Seconds in which others may come, and seconds that the first waits at most."""
 
 Still = Callable[[Plan], Plan]
 
@@ -51,13 +52,15 @@ class Errands:
         """Take what removes a plan."""
         self._clear = clear
         self._waiting: list[Errand] = []
-        self._hurry = asyncio.Event()
+        self._come = asyncio.Event()
+        self._hurry = False
         self._task: asyncio.Task[None] | None = None
 
     def add(self, plan: Plan, still: Still) -> asyncio.Future[None]:
         """Have a plan removed soon; return what is done when that is over."""
         errand = Errand(plan, still)
         self._waiting.append(errand)
+        self._come.set()
         if self._task is None or self._task.done():
             # It is nobody's call any more.
             nobody = contextvars.Context()
@@ -68,17 +71,19 @@ class Errands:
         """Wait until all that there is by now is over."""
         task = self._task
         if task is not None and not task.done():
-            self._hurry.set()
+            self.hurry()
             await asyncio.wait({task})
+
+    def hurry(self) -> None:
+        """Let what there is by now wait for nothing more."""
+        if self._waiting:
+            self._hurry = True
+            self._come.set()
 
     async def _work(self) -> None:
         while self._waiting:
-            try:
-                async with asyncio.timeout(MOMENT):
-                    await self._hurry.wait()
-            except TimeoutError:
-                pass
-            self._hurry.clear()
+            await self._more()
+            self._hurry = False
             some, self._waiting = self._waiting, []
             try:
                 await self._clear(together(e.plan for e in some), some[-1].still)
@@ -87,6 +92,15 @@ class Errands:
             finally:
                 for errand in some:
                     errand.over.set_result(None)
+
+    async def _more(self) -> None:
+        """Wait for more, as long as more comes and nobody is in a hurry."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(MOST):
+                while not self._hurry:
+                    self._come.clear()
+                    async with asyncio.timeout(MOMENT):
+                        await self._come.wait()
 
 
 def together(plans: Iterable[Plan]) -> Plan:

@@ -236,6 +236,10 @@ class Kernel:
         """
         return self._errands.add(plan, still)
 
+    def hurry(self) -> None:
+        """Have what was dismissed cleared now: somebody waits for it."""
+        self._errands.hurry()
+
     async def found(self, wanted: Plan = ()) -> Plan:
         """
         Read everything of ours in the kernel, in the order of a plan, entries last.

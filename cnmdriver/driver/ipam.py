@@ -504,6 +504,7 @@ class IpamDriver:
         """Wait until all addresses are given back that are about to be."""
         tasks = {t for key, t in self.releases.items() if key.startswith(prefix)}
         if tasks:
+            self.site.dataplane.hurry()
             await asyncio.wait(tasks, timeout=PATIENCE)
 
     async def freed(self, identity: PoolId, address: IPAddress) -> None:
@@ -511,6 +512,7 @@ class IpamDriver:
         key = records.address(identity.space, identity.pool, address)
         task = self.releases.get(key)
         if task is not None:
+            self.site.dataplane.hurry()
             await asyncio.wait({task}, timeout=PATIENCE)
 
     async def release_after(

@@ -71,7 +71,7 @@ class Sandboxes:
     async def departed(self, new: Endpoint) -> None:
         """Wait until no device is left of an endpoint that a new one is to follow."""
         faces = {address.ip for address in new.addresses}
-        await waited(
+        await self.waited(
             over
             for old, over in self.departing.values()
             if old.network == new.network
@@ -84,9 +84,16 @@ class Sandboxes:
 
     async def all_departed(self, network: str) -> None:
         """Wait until no device is left of a network's endpoints that are removed."""
-        await waited(
+        await self.waited(
             over for old, over in self.departing.values() if old.network == network
         )
+
+    async def waited(self, overs: Iterable[asyncio.Future[None]]) -> None:
+        """Wait for departures; their kernel's time is bounded, and so is this."""
+        some = set(overs)
+        if some:
+            self.site.dataplane.hurry()
+            await asyncio.wait(some, timeout=PATIENCE)
 
     def departure(self, network: str, ip: IPAddress) -> asyncio.Future[None] | None:
         """Return what is done when an address's device is gone, None if it is."""
@@ -178,10 +185,3 @@ class Sandboxes:
         found = await self.site.dataplane.found()
         pairs = [op for op in found if isinstance(op, Veth) and op.name == name]
         return any(pair.peer is None for pair in pairs)
-
-
-async def waited(overs: Iterable[asyncio.Future[None]]) -> None:
-    """Wait for departures; their kernel's time is bounded, and so is this."""
-    some = set(overs)
-    if some:
-        await asyncio.wait(some, timeout=PATIENCE)

@@ -66,6 +66,9 @@ class Dataplane(Protocol):
         What could not be cleared is logged, and is found as too much.
         """
 
+    def hurry(self) -> None:
+        """Have what was dismissed cleared now: somebody waits for it."""
+
     async def found(self, wanted: Plan = ()) -> Plan:
         """Read everything of ours; settings are read as far as `wanted` names them."""
 
