@@ -15,15 +15,24 @@ SWARM, CLOSED = "swarm's overlay", "pynet with gwbridge"
 
 
 @contextmanager
-def bridges(docker: Docker) -> Iterator[dict[str, str]]:
-    """Have a network of each kind on one host."""
+def bridges(docker: Docker, before: str = "") -> Iterator[dict[str, str]]:
+    """
+    Have a network of each kind on one host.
+
+    Docker takes the first of a container's networks, by their names, as its way out.
+    The containers here are on `bridge`; `before` begins names that come before that.
+    """
+
+    def make(driver: str, number: int, **options: str) -> str:
+        name = f"{before}{number}" if before else ""
+        subnet = f"10.{number}.0.0/24"
+        return stack.enter_context(docker.network(driver, subnet, name=name, **options))
+
     with ExitStack() as stack:
         yield {
-            BRIDGE: stack.enter_context(docker.network("bridge", "10.231.0.0/24")),
-            PYNET: stack.enter_context(docker.network("pynet", "10.232.0.0/24")),
-            MOVED: stack.enter_context(
-                docker.network("pynet", "10.233.0.0/24", attach="moved")
-            ),
+            BRIDGE: make("bridge", 231),
+            PYNET: make("pynet", 232),
+            MOVED: make("pynet", 233, attach="moved"),
         }
 
 
@@ -102,6 +111,18 @@ def connect_bridge(context: Context) -> list[Line]:
     off = Line(name="network disconnect", against=BRIDGE, target="≤ 0.25")
     docker = context.alone()
     with bridges(docker) as networks:
+        one_by_one(docker, networks, context.rounds, (on, off))
+    return [on, off]
+
+
+@row()
+def way_out_bridge(context: Context) -> list[Line]:
+    """Measure the same where the container's way out moves to the new network."""
+    what = "the way out moves"
+    on = Line(name=f"network connect, {what}", against=BRIDGE)
+    off = Line(name=f"network disconnect, {what}", against=BRIDGE)
+    docker = context.alone()
+    with bridges(docker, "a") as networks:
         one_by_one(docker, networks, context.rounds, (on, off))
     return [on, off]
 

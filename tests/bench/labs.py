@@ -183,7 +183,7 @@ def network_body(
 ) -> dict[str, Any]:
     """Return what a network is created with; options are pynet's."""
     body: dict[str, Any] = {
-        "Name": name or f"bench{next(NUMBERS)}",
+        "Name": name or f"net{next(NUMBERS)}",
         "Driver": driver,
         "IPAM": {"Driver": ipam or "default", "Config": [{"Subnet": subnet}]},
         "Options": {f"pynet.{key}": value for key, value in options.items()},
