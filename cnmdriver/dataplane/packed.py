@@ -93,6 +93,8 @@ class Packed:
         _, _, index, flags, _ = LINK.unpack_from(data)
         self.head: dict[str, int] = {"index": index, "flags": flags}
         self.attributes = attributes(data[LINK.size :])
+        self.nests: dict[tuple[str, ...], Mapping[int, bytes]] = {(): self.attributes}
+        """What was found inside others, by their names: it is asked for often."""
 
     def __getitem__(self, name: str) -> int:
         """Return index or flags."""
@@ -106,16 +108,17 @@ class Packed:
 
     def get_nested(self, *names: str) -> Any:
         """Return an attribute inside others, None if there is none."""
-        inside: Mapping[int, bytes] = self.attributes
         *outer, last = names
-        for name in outer:
-            data = inside.get(NESTS[name])
-            if data is None:
-                return None
-            inside = attributes(data)
+        inside = self._inside(tuple(outer))
         kind, read = INNER[last]
         found = inside.get(kind)
         return None if found is None else read(found)
+
+    def _inside(self, names: tuple[str, ...]) -> Mapping[int, bytes]:
+        if names not in self.nests:
+            data = self._inside(names[:-1]).get(NESTS[names[-1]])
+            self.nests[names] = {} if data is None else attributes(data)
+        return self.nests[names]
 
 
 def attributes(data: bytes) -> dict[int, bytes]:

@@ -187,6 +187,8 @@ class Site:
     """Until when hosts whose lease has run out are not hidden yet."""
     ask: Ask | None = None
     """Asks another host what it has, if there can be others."""
+    latest: tuple[object, Plan] = (None, ())
+    """What all plans follow from, as it was last, and their union."""
 
     @property
     def view(self) -> View:
@@ -355,12 +357,21 @@ class Site:
 
     def desired(self) -> Plan:
         """Return the union of all plans of this host."""
-        plans = [self.vtep_plan()]
+        now = time.monotonic()
+        lingering = frozenset(h for h, end in self.lingering.items() if now < end)
+        basis = (self.view.turns, self.host, self.docker_bridges, lingering)
+        if self.latest[0] != basis:
+            self.latest = (basis, ops.union(self.plans()))
+        return self.latest[1]
+
+    def plans(self) -> Iterator[Plan]:
+        """Yield all plans of this host."""
+        yield self.vtep_plan()
         for member in self.members():
-            plans.append(self.plan_less_vteps(member))
-            plans += [self.endpoint_plan(e) for e in self.endpoints(member.network)]
-            plans.append(self.remote_plan(member))
-        return ops.union(plans)
+            yield self.plan_less_vteps(member)
+            yield from map(self.endpoint_plan, self.endpoints(member.network))
+            if self.carries(member.network):
+                yield from map(self.source_plan, self.sources(member.network))
 
     def unwanted(self, plan: Plan) -> Plan:
         """Return what of a plan no network of this host wants any more."""
