@@ -245,17 +245,16 @@ class Kernel:
         Read everything of ours in the kernel, in the order of a plan, entries last.
 
         `wanted` adds what has no mark: settings, and rules that nothing calls for.
-        The entries of overlays, of which there can be many, are read when others have
-        their turn again. What was dismissed is gone before.
+        Others have their turn after each kind of thing, so what is found need not be of
+        one moment. What was dismissed is gone before.
         """
         await self._errands.run()
         readings: list[Reading] = []
         ops: list[Plan] = []
         try:
-            async with self._lock:
-                ops += await settled(self._look(HOST, wanted, readings))
-                if any(isinstance(op, Namespace) for plan in ops for op in plan):
-                    ops += await settled(self._look(self._namespace, wanted, readings))
+            ops += await self._look(HOST, wanted, readings)
+            if any(isinstance(op, Namespace) for plan in ops for op in plan):
+                ops += await self._look(self._namespace, wanted, readings)
             entries = [op for each in readings for op in await each.all()]
         finally:
             for reading in readings:
@@ -529,16 +528,21 @@ class Kernel:
         self, where: str, wanted: Plan, readings: list[Reading]
     ) -> list[Plan]:
         """Read a place, and prepare to read the entries of its overlays."""
-        crew = await self._crew(where)
-        if crew is None:
-            return []
         here = tuple(op for op in wanted if op.where == where)
-        devices = await crew.links.devices(here)
-        reading = await crew.entries.reading(here, devices)
-        if reading is not None:
-            readings.append(reading)
-        quick = (handler for handler in crew.all if handler is not crew.entries)
-        return [await handler.found(here, devices) for handler in quick]
+        async with self._lock:
+            crew = await settled(self._crew(where))
+            if crew is None:
+                return []
+            devices = await settled(crew.links.devices(here))
+            reading = await settled(crew.entries.reading(here, devices))
+            if reading is not None:
+                readings.append(reading)
+        found = []
+        for handler in crew.all:
+            if handler is not crew.entries:
+                async with self._lock:
+                    found.append(await settled(handler.found(here, devices)))
+        return found
 
     async def _announce(self, verb: str, ops: Plan) -> None:
         for count, op in enumerate(ops, 1):

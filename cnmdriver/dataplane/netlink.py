@@ -177,7 +177,13 @@ class Netlink:
         # One that was read twice counts as it was read last.
         latest = {rtnetlink.index(one): one for one in pooled + last}
         mark = b"" if group is None else rtnetlink.number(rtnetlink.GROUP, group)
-        return tuple(read(Packed(one)) for one in latest.values() if mark in one)
+        links = []
+        for count, one in enumerate(latest.values(), 1):
+            if mark in one:
+                links.append(read(Packed(one)))
+            if count % BREATH == 0:
+                await asyncio.sleep(0)
+        return tuple(links)
 
     async def add(self, name: str, **request: Any) -> bool:
         """Make a device; tell whether it was made, False if a name is taken."""

@@ -88,6 +88,8 @@ class Sync:
         self.reported: tuple[str, ...] = ()
         """The differences that were last logged and left."""
         self.dirty = asyncio.Event()
+        self.curious = False
+        """Whether the kernel is to be compared at the next turn."""
         self.settle = 0.0
         """Seconds to look again after a difference; none before Docker can call."""
         self.lapsing = Patience(grace)
@@ -106,6 +108,11 @@ class Sync:
 
     def wake(self) -> None:
         """Ask for a comparison soon."""
+        self.curious = True
+        self.dirty.set()
+
+    def tidy(self) -> None:
+        """Ask soon whether anything is to be forgotten, without a comparison."""
         self.dirty.set()
 
     def hear(self, own: bool) -> None:
@@ -133,11 +140,15 @@ class Sync:
                 async with asyncio.timeout(self.audit):
                     await self.dirty.wait()
             except TimeoutError:
-                pass
+                self.curious = True
             await self.calm()
             self.dirty.clear()
-            await self.turn()
-            self.ended = loop.time()
+            curious, self.curious = self.curious, False
+            if curious:
+                await self.turn()
+                self.ended = loop.time()
+            else:
+                await self.forget()
 
     async def calm(self) -> None:
         """
@@ -160,25 +171,35 @@ class Sync:
 
     async def turn(self) -> None:
         """Do everything once; what fails is logged and done at the next turn."""
+        if await self.forget():
+            try:
+                await self.repair()
+            except DriverError as error:
+                log.warning("sync.failed", error=str(error))
+
+    async def forget(self) -> bool:
+        """Give back what nobody has any more; tell whether that was done."""
         if not self.site.state.informed:
             # Of a store that was never reached nothing follows.
-            return
+            return False
         try:
             await self.settle_doubts()
             await self.forget_removed()
             await self.forget_unused()
             await self.lapse()
-            await self.repair()
         except DriverError as error:
             log.warning("sync.failed", error=str(error))
+            return False
+        return True
 
     async def repair(self) -> None:
         """Make the kernel equal to the plans."""
         difference = await self.look()
         if difference and self.settle:
-            # A call of Docker may be half way between the records and the kernel.
+            # A call of Docker may be half way between the records and the kernel, then
+            # and now, but hardly about the same thing.
             await asyncio.sleep(self.settle)
-            difference = await self.look()
+            difference = ops.lasting(difference, await self.look())
         if self.settle and not self.mends:
             self.report(difference)
             return
@@ -401,8 +422,10 @@ class Sync:
         always = {"docker0", "docker_gwbridge"}
         self.site.docker_bridges = frozenset(inventory.bridges | always)
         changed = self.site.docker_bridges != bridges
-        if changed or self.missing.since or self.stale(inventory):
+        if changed:
             self.wake()
+        elif self.missing.since or self.stale(inventory):
+            self.tidy()
 
     def stale(self, inventory: Inventory) -> bool:
         """Tell whether anything of ours is not in Docker's list."""

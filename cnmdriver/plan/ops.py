@@ -589,6 +589,17 @@ def compare(wanted: Plan, found: Plan) -> Difference:
     )
 
 
+def lasting(before: Difference, now: Difference) -> Difference:
+    """Return what of a difference there was before, in whatever way."""
+    amiss = {op.key for op in before.lacking} | {w.key for w, _ in before.changed}
+    surplus = {op.key for op in before.surplus}
+    return Difference(
+        lacking=tuple(op for op in now.lacking if op.key in amiss),
+        changed=tuple(pair for pair in now.changed if pair[0].key in amiss),
+        surplus=tuple(op for op in now.surplus if op.key in surplus),
+    )
+
+
 def less(difference: Difference, keys: Collection[Key]) -> Difference:
     """Return a difference without what lacks, or differs, of some objects."""
     return Difference(
