@@ -11,7 +11,7 @@ is a Conflict, and removing what is gone is a success.
 """
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Interface, IPv6Address, IPv6Interface
@@ -189,11 +189,8 @@ class NetworkDriver:
         sandbox must be gone.
         """
         ours = {p.cidr for p in claims.pools_of(self.site.view, network.id)}
-        for other in self.site.endpoints(network.id):
+        for other in rivals(endpoint, self.site.endpoints(network.id)):
             shared = [a for a in endpoint.addresses if a in other.addresses]
-            rival = bool(shared) or other.mac == endpoint.mac
-            if other.id == endpoint.id or not rival:
-                continue
             given_again = any(a.network not in ours for a in shared)
             # That one waits for none: it has its place, and so no rival.
             async with self.locks.also(other.id):
@@ -246,7 +243,8 @@ class NetworkDriver:
                     f"endpoint {endpoint.id[:12]} exists with other addresses"
                 )
             return
-        for other in draft.all(Endpoint, f"endpoints/{network.id}/"):
+        others = draft.all(Endpoint, f"endpoints/{network.id}/")
+        for other in rivals(endpoint, others):
             self.check_distinct(draft, endpoint, other)
         for address in endpoint.addresses:
             self.bind_address(draft, network, endpoint, address)
@@ -584,6 +582,23 @@ class NetworkDriver:
         mode = chosen.mode or self.joining.mode
         options.check_mode(chosen, mode)
         return options.gateway_of(chosen, mode) != "pynet"
+
+
+def rivals(one: Endpoint, others: Iterable[Endpoint]) -> list[Endpoint]:
+    """Return those of a network's other endpoints that have an address or MAC of it."""
+    # As numbers: addresses take longer to compare, and there can be many endpoints.
+    four = None if one.ipv4 is None else int(one.ipv4)
+    six = None if one.ipv6 is None else int(one.ipv6)
+    return [
+        other
+        for other in others
+        if other.id != one.id
+        and (
+            other.mac == one.mac
+            or (other.ipv4 is not None and int(other.ipv4) == four)
+            or (other.ipv6 is not None and int(other.ipv6) == six)
+        )
+    ]
 
 
 def mac_taken(endpoint: Endpoint, owner: str) -> Conflict:
