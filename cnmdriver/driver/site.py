@@ -1,15 +1,15 @@
 """
 One host's side of everything: who it is, its doors, and what its kernel should hold.
 
-What should be is computed from the view each time; nothing here is remembered that the
-view does not have, but for what Docker alone knows (its own bridges).
+What should be follows from the view alone, but for what only Docker knows (its own
+bridges). It is computed once for each state of these.
 """
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Final, Protocol
 
 import structlog
 
@@ -31,11 +31,13 @@ from cnmdriver.model import (
 )
 from cnmdriver.plan import devices, firewall, ops
 from cnmdriver.plan.modes import MODES, Mode
-from cnmdriver.plan.ops import Bridge, Plan, Seat, Veth, Vxlan
+from cnmdriver.plan.ops import Bridge, Key, Op, Plan, Seat, Veth, Vxlan
 from cnmdriver.plan.sight import Echo, Filters, Inner, Way
 from cnmdriver.store import records
 from cnmdriver.store.state import State
 from cnmdriver.store.view import View
+
+NOTHING: Final[Mapping[Key, Op]] = {}
 
 log = structlog.get_logger()
 
@@ -187,7 +189,7 @@ class Site:
     """Until when hosts whose lease has run out are not hidden yet."""
     ask: Ask | None = None
     """Asks another host what it has, if there can be others."""
-    latest: tuple[object, Plan] = (None, ())
+    latest: tuple[object, Mapping[Key, Op]] = (None, NOTHING)
     """What all plans follow from, as it was last, and their union."""
 
     @property
@@ -357,11 +359,15 @@ class Site:
 
     def desired(self) -> Plan:
         """Return the union of all plans of this host."""
+        return tuple(self.wanted().values())
+
+    def wanted(self) -> Mapping[Key, Op]:
+        """Return the same by key."""
         now = time.monotonic()
         lingering = frozenset(h for h, end in self.lingering.items() if now < end)
         basis = (self.view.turns, self.host, self.docker_bridges, lingering)
         if self.latest[0] != basis:
-            self.latest = (basis, ops.union(self.plans()))
+            self.latest = (basis, ops.keyed(self.plans()))
         return self.latest[1]
 
     def plans(self) -> Iterator[Plan]:

@@ -231,7 +231,7 @@ class Sync:
         found = await self.site.dataplane.found(self.site.desired())
         # Asked for only now: a record is written before the kernel hears of it, so
         # whatever was found has its record by this time, or is to go.
-        difference = ops.compare(self.site.desired(), found)
+        difference = ops.contrast(self.site.wanted(), found)
         if self.networks.sandboxes.underway:
             difference = ops.less(difference, self.networks.sandboxes.made_now())
         self.took = time.monotonic() - begin
@@ -239,12 +239,13 @@ class Sync:
 
     def still_wanted(self, plan: Plan) -> Plan:
         """Return what is in a plan by now, as it is wanted now."""
-        now = {op.key: op for op in self.site.desired()}
+        now = self.site.wanted()
         return tuple(now[op.key] for op in plan if op.key in now)
 
     def still_surplus(self, plan: Plan) -> Plan:
         """Return what is in no plan by now."""
-        return ops.without(plan, self.site.desired())
+        now = self.site.wanted()
+        return tuple(op for op in plan if op.key not in now)
 
     async def shared(self) -> bool:
         """Tell whether endpoints of another pynet, or of an earlier state, are here."""

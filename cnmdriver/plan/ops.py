@@ -12,7 +12,7 @@ object; any other difference is mended in place. A field that is None in a found
 operation is one the kernel does not show, and equals everything.
 """
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
@@ -541,7 +541,12 @@ def describe(wanted: Op, found: Op) -> str:
 
 def union(plans: Iterable[Plan]) -> Plan:
     """Merge plans in order; an operation many share appears once, at its first."""
-    return tuple({op.key: op for plan in plans for op in plan}.values())
+    return tuple(keyed(plans).values())
+
+
+def keyed(plans: Iterable[Plan]) -> dict[Key, Op]:
+    """Merge plans, with the key of each operation."""
+    return {op.key: op for plan in plans for op in plan}
 
 
 def without(plan: Plan, kept: Iterable[Op]) -> Plan:
@@ -575,16 +580,24 @@ class Difference:
 
 def compare(wanted: Plan, found: Plan) -> Difference:
     """Compare all plans with all that is found; kept settings are never surplus."""
-    have = {op.key: op for op in found}
-    want = {op.key for op in wanted}
-    pairs = [(op, have[op.key]) for op in wanted if op.key in have]
+    return contrast(keyed((wanted,)), found)
+
+
+def contrast(want: Mapping[Key, Op], found: Plan) -> Difference:
+    """Compare what is wanted, by key, with all that is found."""
+    have = keyed((found,))
+    pairs = [(op, have.get(key)) for key, op in want.items()]
     return Difference(
-        lacking=tuple(op for op in wanted if op.key not in have),
-        changed=tuple((w, f) for w, f in pairs if differing(w, f)),
+        lacking=tuple(op for op, there in pairs if there is None),
+        changed=tuple(
+            (op, there)
+            for op, there in pairs
+            if there is not None and there != op and differing(op, there)
+        ),
         surplus=tuple(
             op
-            for op in found
-            if op.key not in want and not (isinstance(op, Sysctl) and op.keep)
+            for key, op in have.items()
+            if key not in want and not (isinstance(op, Sysctl) and op.keep)
         ),
     )
 
