@@ -16,7 +16,7 @@ import os
 import socket
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from ipaddress import IPv4Address, IPv6Address
 from itertools import count
 
@@ -480,6 +480,7 @@ def _attributes(body: bytes) -> Iterator[tuple[int, bytes]]:
         at += max(4, (size + 3) & ~3)
 
 
+@lru_cache(1024)
 def _address(packed: bytes) -> IPAddress:
     return IPv4Address(packed) if len(packed) == 4 else IPv6Address(packed)
 

@@ -20,7 +20,7 @@ from cnmdriver.driver.site import Site
 from cnmdriver.errors import DriverError, KernelError
 from cnmdriver.model import Alive, Endpoint, IPAddress, Member, Watermark
 from cnmdriver.plan import firewall
-from cnmdriver.plan.ops import Key, Op, Plan
+from cnmdriver.plan.ops import Fdb, Key, Neighbour, Op, Plan
 from cnmdriver.store import records
 from cnmdriver.store.view import Draft
 
@@ -87,6 +87,11 @@ class Remotes:
         if self.heard is None:
             self.heard = time.monotonic()
         self.news.set()
+
+    def seen(self, found: Plan) -> None:
+        """Know what the kernel has already, until the first update."""
+        if not self.begun:
+            self.held = {op.key: op for op in found if isinstance(op, Fdb | Neighbour)}
 
     async def run(self) -> None:
         """Update at once whenever woken, until cancelled; tell the others how far."""

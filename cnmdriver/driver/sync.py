@@ -232,6 +232,7 @@ class Sync:
         # Asked for only now: a record is written before the kernel hears of it, so
         # whatever was found has its record by this time, or is to go.
         difference = ops.contrast(self.site.wanted(), found)
+        self.networks.remotes.seen(found)
         if self.networks.sandboxes.underway:
             difference = ops.less(difference, self.networks.sandboxes.made_now())
         self.took = time.monotonic() - begin

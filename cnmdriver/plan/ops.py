@@ -344,6 +344,10 @@ class Fdb(Op):
     mac: str
     dst: IPAddress | None = None
 
+    def __hash__(self) -> int:
+        # There are many: addresses take longer than texts, which keep their hash.
+        return hash((self.device, self.mac))
+
     @property
     def key(self) -> Key:
         kind = "master" if self.dst is None else "self"
@@ -368,6 +372,9 @@ class Neighbour(Op):
     device: str
     address: IPAddress
     mac: str
+
+    def __hash__(self) -> int:
+        return hash((self.device, self.mac))
 
     @property
     def key(self) -> Key:
