@@ -370,6 +370,10 @@ class Site:
             self.latest = (basis, ops.keyed(self.plans()))
         return self.latest[1]
 
+    def let_go(self) -> None:
+        """Keep no union of plans until it is asked for again: it can be large."""
+        self.latest = (None, NOTHING)
+
     def plans(self) -> Iterator[Plan]:
         """Yield all plans of this host."""
         yield self.vtep_plan()

@@ -176,6 +176,8 @@ class Sync:
                 await self.repair()
             except DriverError as error:
                 log.warning("sync.failed", error=str(error))
+            finally:
+                self.site.let_go()
 
     async def forget(self) -> bool:
         """Give back what nobody has any more; tell whether that was done."""
