@@ -14,8 +14,8 @@ import asyncio
 import os
 import shlex
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cnmdriver.dataplane.handler import Undo, only
@@ -43,6 +43,8 @@ class Rules:
     jump: bool
     own_jump: bool
     sides: frozenset[str]
+    others: bool
+    """Whether somebody else has rules in the chain or jumps to it."""
 
     @property
     def whole(self) -> bool:
@@ -122,11 +124,15 @@ async def _rules(tool: str) -> Rules:
         for line in lines
         if line[:2] == ("-A", "FORWARD") and line[-2:] == ("-j", CHAIN)
     ]
+    own = sum(line[2:-2] == MARKED for line in jumps)
+    used = [line for line in lines if line[:1] == ("-A",) and CHAIN in line]
+    sides = [side for line in lines for side in _side(line)]
     return Rules(
         chain=("-N", CHAIN) in lines,
         jump=any(set(line[2:-2]) <= set(MARKED) for line in jumps),
-        own_jump=any(line[2:-2] == MARKED for line in jumps),
-        sides=frozenset(side for line in lines for side in _side(line)),
+        own_jump=own > 0,
+        sides=frozenset(sides),
+        others=len(used) > own + len(sides),
     )
 
 
@@ -145,31 +151,43 @@ def _rule(side: str) -> Words:
 
 
 async def _insert(tool: str, rules: Rules, undo: Undo) -> None:
-    if not rules.chain:
-        await _do(undo, tool, ("-N", CHAIN), ("-X", CHAIN))
-    for side in SIDES:
-        if side not in rules.sides:
-            await _do(undo, tool, ("-I", *_rule(side)), ("-D", *_rule(side)))
-    if not rules.jump:
-        await _do(undo, tool, ("-I", *JUMP), ("-D", *JUMP))
+    missing = [side for side in SIDES if side not in rules.sides]
+    words: list[Words] = [] if rules.chain else [("-N", CHAIN)]
+    words += [("-I", *_rule(side)) for side in missing]
+    words += [] if rules.jump else [("-I", *JUMP)]
+    back: list[Words] = [] if rules.jump else [("-D", *JUMP)]
+    back += [("-D", *_rule(side)) for side in missing]
+    back += [] if rules.chain else [("-X", CHAIN)]
 
-
-async def _do(undo: Undo, tool: str, words: Words, back: Words) -> None:
     async def take_back() -> None:
-        await _run(tool, *back)
+        await _batch(tool, back)
 
-    await _run(tool, *words)
-    undo.append(take_back)
+    if words:
+        await _batch(tool, words)
+        undo.append(take_back)
 
 
 async def _delete(tool: str, rules: Rules) -> None:
-    for side in rules.sides:
-        await _run(tool, "-D", *_rule(side))
-    if rules.own_jump:
-        await _run(tool, "-D", *JUMP)
-    if rules.any_own:
-        # Refused, and rightly, while others have rules there or jump to it.
-        await _run(tool, "-X", CHAIN, check=False)
+    words: list[Words] = [("-D", *_rule(side)) for side in rules.sides]
+    words += [("-D", *JUMP)] if rules.own_jump else []
+    if not words:
+        return
+    if not rules.others:
+        words.append(("-X", CHAIN))
+    try:
+        await _batch(tool, words)
+    except KernelError:
+        now = await _rules(tool)
+        if now == rules:
+            raise
+        # Somebody was at it too: what is left of ours goes, all else may stay.
+        await _delete(tool, replace(now, others=True))
+
+
+async def _batch(tool: str, commands: Iterable[Words]) -> None:
+    """Run some commands as one change: the kernel waits some 16 ms for each."""
+    lines = ("*filter", *map(" ".join, commands), "COMMIT", "")
+    await _run(f"{tool}-restore", "--noflush", text="\n".join(lines))
 
 
 def _legacy_tables(version: int) -> bool:
@@ -187,12 +205,12 @@ def _is_nft(program: str) -> bool:
     return "legacy" not in os.path.realpath(program)
 
 
-async def _run(tool: str, *words: str, check: bool = True) -> str:
+async def _run(tool: str, *words: str, text: str = "") -> str:
     what = shlex.join((tool, *words))
     try:
         process = await asyncio.create_subprocess_exec(
             *(tool, "-w", "5", *words),
-            stdin=asyncio.subprocess.DEVNULL,
+            stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
         )
@@ -200,7 +218,7 @@ async def _run(tool: str, *words: str, check: bool = True) -> str:
         raise KernelError(f"{what} failed: {error.strerror}; install it") from error
     try:
         async with asyncio.timeout(BOUND):
-            out, err = await process.communicate()
+            out, err = await process.communicate(text.encode())
     except TimeoutError as error:
         process.kill()
         await process.wait()
@@ -208,7 +226,7 @@ async def _run(tool: str, *words: str, check: bool = True) -> str:
             f"{what} failed: it took more than {BOUND:g} s; look for a process that "
             "holds the lock of the tables"
         ) from error
-    if check and process.returncode != 0:
+    if process.returncode != 0:
         raise KernelError(f"{what} failed: {_said(err)}")
     return out.decode(errors="replace")
 

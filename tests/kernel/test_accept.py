@@ -29,7 +29,11 @@ from .conftest import (
 pytestmark = pytest.mark.root
 
 BOTH = (Accept(version=4), Accept(version=6))
-PROGRAMS = ("iptables", "ip6tables", "iptables-save", "ip6tables-save")
+PROGRAMS = tuple(
+    f"{name}{what}"
+    for name in ("iptables", "ip6tables")
+    for what in ("", "-save", "-restore")
+)
 
 
 @pytest.fixture(params=["nft", "legacy"])
