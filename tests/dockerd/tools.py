@@ -26,6 +26,7 @@ from itertools import count
 from typing import Any, Self
 
 from cnmdriver.cli.client import Client
+from cnmdriver.lab.chaos.oracle import ACTIVE, has_lost_count
 from cnmdriver.lab.host import DOCKER_SOCKET, Host
 from cnmdriver.lab.machine import Machine, wait_until
 from cnmdriver.lab.process import Completed, LabError
@@ -398,19 +399,11 @@ class Scene:
 
 
 def remove_network(host: Host, name: str) -> None:
-    """
-    Remove a network; Docker is started anew if it has lost count of its endpoints.
-
-    dockerd 20.10 does that, with its own drivers too, when several come or go at once:
-    it then refuses to remove a network without containers. It counts again as it
-    starts ("Fixing inconsistent endpoint_cnt").
-    """
+    """Remove a network; Docker is started anew if it has lost count of its endpoints."""
     try:
         host.docker("network", "rm", name)
     except LabError as error:
-        shown = ("network", "inspect", "-f", "{{len .Containers}}", name)
-        counted = "has active endpoints" in str(error)
-        if not counted or host.docker(*shown).stdout.strip() != "0":
+        if ACTIVE not in str(error) or not has_lost_count(host, name):
             raise
         host.stop_dockerd()
         host.start_dockerd()

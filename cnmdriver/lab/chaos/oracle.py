@@ -21,6 +21,7 @@ PREFIX = "/pynet/v1/"
 CALM_LIMIT = 90.0
 CLEAN_LIMIT = 30.0
 PINGS_AT_ONCE = 6
+ACTIVE = "has active endpoints"
 TRACE = "Traceback (most recent call last)"
 TRACE_LINES = 40
 TELLING = 12
@@ -205,12 +206,28 @@ def _twice(notes: Notes, host: Host, *words: str) -> None:
         if done.returncode == 0:
             break
         texts.append(f"{done.stderr.strip()} ({time.monotonic() - begin:.1f} s)")
+        if ACTIVE in done.stderr and has_lost_count(host, words[-1]):
+            notes.count("commands", "dockerd made to count anew")
+            host.stop_dockerd()
+            host.start_dockerd()
     command = f"docker {' '.join(words)} on {host.name}"
     if texts:
         notes.count("commands", "removals repeated")
         notes.refuse(f"in the end, {command}", texts[0])
     if len(texts) > 1:
         notes.find(MANUAL, f"{command} failed twice: {' / '.join(texts)}")
+
+
+def has_lost_count(host: Host, network: str) -> bool:
+    """
+    Tell whether Docker takes a network for used that it knows no endpoint of.
+
+    All who come and go change one object, and one may undo what another did; it counts
+    again when it starts (libnetwork endpoint_cnt.go atomicIncDecEpCnt, endpoint.go
+    cleanupLocalEndpoints).
+    """
+    shown = ("network", "inspect", "-f", "{{len .Containers}}", network)
+    return host.docker(*shown).stdout.strip() == "0"
 
 
 def check_left(lab: Lab, before: State, notes: Notes) -> None:
