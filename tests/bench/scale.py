@@ -3,6 +3,7 @@
 import base64
 import json
 import socket
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -244,10 +245,19 @@ class Ear:
 @row(quick=False)
 def news_of_three(context: Context) -> list[Line]:
     """Measure a change on one host until the kernels of two others have it."""
-    line = Line(
-        name="change on A until B's kernel has it", target="p50 ≤ 10 ms, p99 ≤ 50 ms"
-    )
-    lab = context.lab("three", 3, etcd=3, pynet_args=(FAR_GRACE,))
+    return [news(context, "p50 ≤ 10 ms, p99 ≤ 50 ms")]
+
+
+@row(quick=False)
+def news_of_fifty(context: Context) -> list[Line]:
+    """Measure the same among fifty hosts, of which all but three are played."""
+    return [news(context, "p99 ≤ 250 ms", more=47)]
+
+
+def news(context: Context, target: str, more: int = 0) -> Line:
+    """Measure how long a change takes from one host to the kernels of two others."""
+    line = Line(name=f"change on A until B has it, {3 + more} hosts", target=target)
+    lab = context.lab(f"news{more}", 3, etcd=3, pynet_args=(FAR_GRACE,))
     dockers = [Docker(host) for host in lab.hosts]
     pool = f"pynet-local/{POOL}"
     body = network_body("pynet", POOL, ipam="pynet", gateway="pynet")
@@ -256,21 +266,54 @@ def news_of_three(context: Context) -> list[Line]:
     for one, network in zip(played, networks, strict=True):
         one.join(network, pool)
     ears = [Ear(docker.host) for docker in dockers[1:]]
-    for number in range(10 if context.quick else 200):
-        address = str(ip_network(POOL)[1000 + number])
-        mac = devices.mac(ip_address(address))
-        face = played[0].call("IpamDriver.RequestAddress", PoolID=pool, Address=address)
-        begin = time.perf_counter()
-        played[0].call(
-            "NetworkDriver.CreateEndpoint",
-            NetworkID=networks[0],
-            EndpointID=f"{number:064x}",
-            Interface={"Address": face["Address"], "AddressIPv6": "", "MacAddress": ""},
-            Options={},
-        )
-        for ear in ears:
-            line.add("pynet", (ear.wait(mac) - begin) * 1000)
+    with beside(dockers[2], more, networks[2]):
+        for number in range(10 if context.quick else 200):
+            address = str(ip_network(POOL)[1000 + number])
+            mac = devices.mac(ip_address(address))
+            face = played[0].call(
+                "IpamDriver.RequestAddress", PoolID=pool, Address=address
+            )
+            given = {"Address": face["Address"], "AddressIPv6": "", "MacAddress": ""}
+            begin = time.perf_counter()
+            played[0].call(
+                "NetworkDriver.CreateEndpoint",
+                NetworkID=networks[0],
+                EndpointID=f"{number:064x}",
+                Interface=given,
+                Options={},
+            )
+            for ear in ears:
+                line.add("pynet", (ear.wait(mac) - begin) * 1000)
     samples = sorted(line.columns["pynet"])
     line.note = f"p99 {samples[int(len(samples) * 0.99)]:.1f} ms"
     context.start_over()
-    return [line]
+    return line
+
+
+@contextmanager
+def beside(docker: Docker, many: int, docker_id: str) -> Iterator[None]:
+    """Have so many hosts more on a network, played by a program on a host."""
+    if not many:
+        yield
+        return
+    host = docker.host
+    program = host.popen(
+        *(sys.executable, "-m", "tests.bench.hosts"),
+        *(",".join(host.software.endpoints), str(many)),
+        *(pynet_id(docker, docker_id), POOL),
+    )
+    try:
+        assert program.stdout is not None
+        said = []
+        for text in program.stdout:
+            if text.strip() == "ready":
+                break
+            said.append(text)
+        else:
+            raise RuntimeError(f"the other hosts did not start: {''.join(said)}")
+        # They take note of each other.
+        time.sleep(5)
+        yield
+    finally:
+        program.kill()
+        program.wait()
