@@ -460,6 +460,24 @@ def test_compare_equal():
     assert bool(difference) is False
 
 
+def test_lasting():
+    """Of a difference that lasts, each object differed before, in whatever way."""
+    none = Difference(lacking=(), changed=(), surplus=())
+    changed = replace(BRIDGE, mtu=1400)
+    before = Difference(
+        lacking=(VETH,), changed=((BRIDGE, changed),), surplus=(HOLD, LOCAL)
+    )
+    now = Difference(
+        lacking=(BRIDGE, TABLE), changed=((VETH, VETH),), surplus=(LOCAL, FORWARD)
+    )
+    left = ops.lasting(before, now)
+    assert left.lacking == (BRIDGE,)
+    assert left.changed == ((VETH, VETH),)
+    assert left.surplus == (LOCAL,)
+    assert not ops.lasting(none, now)
+    assert not ops.lasting(before, none)
+
+
 @pytest.mark.parametrize("part", ["lacking", "changed", "surplus"])
 def test_any_part_is_a_difference(part):
     """One object of any kind is a difference."""

@@ -233,6 +233,22 @@ async def test_an_endpoint_elsewhere(directory, cidrs):
         assert left == []
 
 
+async def test_what_was_seen_is_not_written_again(carrying):
+    """At the first update the kernel is told only what it was not seen to have."""
+    first, second = carrying.endpoint(1), carrying.endpoint(2)
+    carrying.remotes.begun = False
+    carrying.remotes.seen(tuple(carrying.of(first)))
+    await carrying.learn(first, second)
+    written = {op for verb, op in carrying.kernel.asked if verb == "apply"}
+    assert written >= carrying.of(second)
+    assert not written & carrying.of(first)
+    carrying.kernel.asked.clear()
+    carrying.remotes.seen(())
+    await carrying.learn(carrying.gone(1))
+    cleared = {op for verb, op in carrying.kernel.asked if verb == "clear"}
+    assert cleared == carrying.of(first)
+
+
 async def test_nothing_without_an_endpoint_here(here):
     """A host without an endpoint on a network does no work for it, and writes nothing."""
     before, steps = here.kernel.asked.copy(), here.rig.steps.copy()

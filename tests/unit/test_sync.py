@@ -358,6 +358,77 @@ async def test_a_difference_that_passes(parts, docker, sync):
     assert parts.kernel.ops == before
 
 
+async def test_two_looks_that_differ(parts, docker, sync):
+    """What lacks at the second look only may be a call's that is half way by then."""
+    await docker.create(RED, "10.1.0.0/24")
+    await docker.create(BLUE, "10.2.0.0/24")
+    before = dict(parts.kernel.ops)
+    red, blue = (
+        next(op for op in before.values() if getattr(op, "name", "") == name)
+        for name in (parts.site.member(net).bridge for net in (RED, BLUE))
+    )
+    del parts.kernel.ops[red.key]
+
+    async def other() -> None:
+        parts.kernel.ops[red.key] = red
+        del parts.kernel.ops[blue.key]
+
+    sync.settle = 0.01
+    parts.kernel.meanwhile = other
+    with structlog.testing.capture_logs() as logs:
+        await sync.turn()
+    assert blue.key not in parts.kernel.ops
+    assert logs == []
+    await sync.turn()
+    assert parts.kernel.ops == before
+
+
+async def test_what_is_wanted_is_put_together_once(parts, docker, sync, monkeypatch):
+    """A turn puts all plans together once; what changes is in the next."""
+    await docker.create(RED, "10.1.0.0/24")
+    made = []
+    keyed = ops.keyed
+
+    def counted(plans):
+        made.append(1)
+        return keyed(plans)
+
+    monkeypatch.setattr(ops, "keyed", counted)
+    wanted = parts.site.wanted()
+    assert parts.site.wanted() is wanted
+    assert len(made) == 1
+    await docker.start(BOX, RED)
+    assert parts.site.wanted().keys() > wanted.keys()
+    parts.site.docker_bridges = frozenset({"br-1"})
+    assert any('"br-1"' in key for key in parts.site.wanted())
+    await sync.turn()
+    assert parts.site.latest == (None, {})
+
+
+async def test_docker_lacks_something_and_the_kernel_nothing(parts, docker, sync):
+    """What Docker lacks is forgotten in its time without a look at the kernel."""
+    await docker.create(RED, "10.1.0.0/24")
+    await docker.start(BOX, RED)
+    looks = []
+    found = parts.kernel.found
+
+    async def counted(wanted=()):
+        looks.append(1)
+        return await found(wanted)
+
+    parts.kernel.found = counted
+    sync.missing.grace = 0.05
+    sync.learn(inventory(docker))
+    async with running(sync.run()):
+        for _ in range(3):
+            sync.learn(inventory(docker, without=(BOX,)))
+            await asyncio.sleep(0.1)
+        assert looks == []
+        await until(lambda: not parts.site.endpoints(parts.site.member(RED).network))
+        sync.wake()
+        await until(lambda: looks)
+
+
 async def test_made_meanwhile_is_not_removed(parts, docker, sync):
     """What was made after the kernel was read does not count as surplus."""
 
