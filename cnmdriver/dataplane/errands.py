@@ -19,7 +19,7 @@ from cnmdriver.errors import KernelError
 from cnmdriver.plan import ops
 from cnmdriver.plan.ops import Plan, Veth
 
-MOMENT, MOST = 0.03, 0.3
+MOMENT, MOST = 0.02, 0.1
 """Seconds in which others may come, and seconds that the first waits at most."""
 
 Still = Callable[[Plan], Plan]
