@@ -541,6 +541,9 @@ class Kernel:
         for handler in crew.all:
             if handler is not crew.entries:
                 async with self._lock:
+                    if await settled(self._crew(where)) is not crew:
+                        # What was in the namespace has gone with it.
+                        return []
                     found.append(await settled(handler.found(here, devices)))
         return found
 

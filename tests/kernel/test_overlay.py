@@ -372,6 +372,28 @@ async def test_namespace_deleted_under_us(one):
     assert await one.rest() == ()
 
 
+async def test_namespace_goes_while_it_is_looked_at(one, monkeypatch):
+    """A look that finds a namespace gone half way through has seen nothing in it."""
+    plan = whole(one, NET)
+    await one.apply(plan)
+    name = one.host.namespace
+    first = one.kernel._crews[name].others[0]
+    real = first.found
+
+    async def last(wanted, devices):
+        found = await real(wanted, devices)
+        run("ip", "netns", "del", name)
+        return found
+
+    monkeypatch.setattr(first, "found", last)
+    found = await one.found(plan)
+    assert not any(op.where == name and isinstance(op, Bridge) for op in found)
+    assert await one.lines(plan) != []
+    await one.apply(plan)
+    assert await one.lines(plan) == []
+    await one.clear(plan)
+
+
 async def test_nothing_to_do_without_the_namespace(one):
     """An entry in a namespace that is not there is an error that names both."""
     plan = one.remote(NET, *elsewhere(1))

@@ -35,8 +35,8 @@ REFUSALS = (
             r"|task \w+: already exists|userland proxy: .* address already in use"
             r"|failed to start shim: mkdir \S+: file exists"
             # Killed as it had set a default route and not yet written that down: seen
-            # with its own bridges too, in one of 80 kills. From then on it takes what is
-            # in the container for another interface, or for none.
+            # with its own bridges too, in one of 80 kills. From then on it takes an
+            # interface in the container for another, or for none.
             r"|failed to set gateway while updating gateway: file exists"
             r"|failed to add interface \S+ to sandbox: error renaming interface"
             r"|endpoint join on GW Network failed: failed to add interface"
