@@ -22,7 +22,11 @@ LEFT_OUT = ("/usr/share/", "/usr/include/", "/usr/lib/udev/", "/usr/lib/systemd/
 WHEELS = "/usr/share/python-wheels/"
 """Where Debian's `ensurepip` has its pip."""
 LINKS = ("bin", "sbin", "lib", "lib64")
-CHOSEN = ("iptables", "ip6tables", "iptables-save", "ip6tables-save")
+CHOSEN = tuple(
+    f"{name}{what}"
+    for name in ("iptables", "ip6tables")
+    for what in ("", "-save", "-restore")
+)
 """Programs that are no package's: `update-alternatives` made a link for each."""
 DIRECTORIES = {"tmp": 0o1777, "run": 0o755, "var/lib": 0o755, "root": 0o700}
 
