@@ -305,9 +305,11 @@ def test_live_restore(scene: Scene) -> None:
     host.stop_dockerd()
     host.start_dockerd(["--live-restore"])
     try:
-        first, second = scene.network(*both(14)), scene.network(*both(15))
+        direct = ("-o", "pynet.attach=direct")
+        first, second = scene.network(*both(14)), scene.network(*both(15), *direct)
         one, peer = scene.run(first), scene.run(second)
         connect(one, second)
+        assert names(one) == ["eth0", "eth10"]
         host.kill_dockerd()
         assert one.pings(peer.ip(second))
         host.start_dockerd(["--live-restore"])
@@ -319,6 +321,41 @@ def test_live_restore(scene: Scene) -> None:
         assert names(one) == ["eth0"]
         connect(one, second)
         assert one.pings(peer.ip(second))
+        scene.close()
+    finally:
+        host.stop_dockerd()
+        host.start_dockerd()
+
+
+def test_auto_with_live_restore(scene: Scene) -> None:
+    """
+    With live-restore all is Docker's way, so that it can take all back.
+
+    1. A container is connected to a second network, and dockerd is killed and started.
+    2. It is disconnected from the first, and connected to a bridge of Docker's.
+    Result: nothing is refused; the container has what Docker says, and no more.
+    """
+    host = scene.host
+    host.stop_dockerd()
+    host.start_dockerd(["--live-restore"])
+    try:
+        first, second = scene.network(*both(18)), scene.network(*both(19))
+        own = scene.network(driver="bridge")
+        one, peer = scene.run(first), scene.run(second)
+        assert eventually(lambda: told(host, "status")["docker"] == "connected")
+        connect(one, second)
+        assert names(one) == ["eth0", "eth1"]
+        for turn in range(2):
+            host.kill_dockerd()
+            host.start_dockerd(["--live-restore"])
+            assert eventually(lambda: host.docker("ps", check=False).returncode == 0)
+            connect(one.look(), own)
+            assert len(names(one)) == 3
+            disconnect(one, second)
+            disconnect(one, own)
+            assert names(one) == ["eth0"], turn
+            connect(one, second)
+            assert one.pings(peer.ip(second))
         scene.close()
     finally:
         host.stop_dockerd()
