@@ -378,11 +378,10 @@ class Netlink:
         """
         Return the messages of a dump.
 
-        While things come and go all the time no dump is of one moment. What stays is in
-        one of two of them at least, so these are put together, the older first.
+        While things come and go all the time no dump is of one moment. What stays is
+        hardly in none of them, so they are put together, the older first.
         """
         pooled: list[Any] = []
-        last: list[Any] = []
         for count in range(1, DUMP_TRIES + 1):
             try:
                 # The kernel has one dump at a time on a socket, else EBUSY.
@@ -395,7 +394,7 @@ class Netlink:
             else:
                 if whole:
                     return found
-                pooled, last = last + found, found
+                pooled += found
             await asyncio.sleep(PAUSE)
         return pooled
 

@@ -36,6 +36,7 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 
 VOLATILE = {
     *("gc_timer", "hello_timer", "tcn_timer", "topology_change_timer"),
+    *("forward_delay_timer", "hold_timer", "message_age_timer"),
     # The kernel sees a moment later that nobody is at the other end.
     *("operstate", "state", "LOWER_UP", "NO-CARRIER"),
     "ifindex",
