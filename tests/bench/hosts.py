@@ -7,6 +7,7 @@ prints `ready` when all are there, and ends with its input.
 """
 
 import asyncio
+import logging
 import sys
 import tempfile
 from contextlib import AsyncExitStack
@@ -71,7 +72,9 @@ async def host(
 async def main(endpoints: str, many: str, network: str, pool: str) -> None:
     """Have hosts until the input ends."""
     # Nobody reads what they log.
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(60))
+    structlog.configure(
+        wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL)
+    )
     options = Options(endpoints=tuple(endpoints.split(",")))
     async with AsyncExitStack() as stack:
         for number in range(1, int(many) + 1):

@@ -96,7 +96,8 @@ class Docker(Api):
             yield
         finally:
             inside = self.ask("GET", f"/networks/{network}")["Containers"] or {}
-            for container in inside:
+            # Swarm's own end is not one to disconnect.
+            for container in (one for one in inside if not one.startswith("lb-")):
                 body = {"Container": container, "Force": True}
                 self.ask("POST", f"/networks/{network}/disconnect", body)
             try:

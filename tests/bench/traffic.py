@@ -28,7 +28,7 @@ def iperf(ends: Ends, seconds: float, *options: str) -> dict[str, float]:
     """Run iperf3 from one container to another; return the receiver's sums."""
     client, one, server, other, address = ends
     serving = server.host.popen(
-        *inside(server, other), "iperf3", "-s", "-1", "-p", PORT
+        *inside(server, other), "iperf3", "-s", "-1", "--forceflush", "-p", PORT
     )
     try:
         assert serving.stdout is not None
