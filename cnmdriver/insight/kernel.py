@@ -70,13 +70,13 @@ async def difference(site: Site) -> Difference:
     if not first:
         return first
     await asyncio.sleep(PAUSE)
-    return await look(site)
+    return ops.lasting(first, await look(site))
 
 
 async def look(site: Site) -> Difference:
-    """Compare once."""
-    wanted = site.desired()
-    return ops.compare(wanted, await site.dataplane.found(wanted))
+    """Compare once, with what is wanted when all is read."""
+    found = await site.dataplane.found(site.desired())
+    return ops.contrast(site.wanted(), found)
 
 
 async def diff(site: Site) -> Json:

@@ -260,6 +260,24 @@ async def test_diff_of_a_call_in_progress(made):
     assert not (await kernel.diff(made.site))["lines"]
 
 
+async def test_diff_of_one_call_after_another(made):
+    """What another call is half way with at the second look is none either."""
+    held = dict(made.kernel.ops)
+    other = next(o for o in held.values() if o.key[0] == "hold")
+    first = next(o for o in held.values() if o.key[0] == "device")
+    del made.kernel.ops[first.key]
+    read = made.kernel.found
+
+    async def late(wanted=()):
+        found = await read(wanted)
+        made.kernel.ops = {k: op for k, op in held.items() if op is not other}
+        return found
+
+    made.kernel.found = late
+    assert not (await kernel.diff(made.site))["lines"]
+    assert (await kernel.diff(made.site))["lines"] == ["+ hold tcp * 8080"]
+
+
 async def test_status_well(made):
     """A host where all is as it should be is well, and says what it holds."""
     found = await status(made.site, INFO)

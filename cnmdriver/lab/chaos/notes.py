@@ -33,7 +33,7 @@ REFUSALS = (
             r"|already exists in network|is not connected|already in use by container"
             r"|not running|context canceled|already attached|not receive an exit event"
             r"|task \w+: already exists|userland proxy: .* address already in use"
-            r"|failed to start shim: mkdir \S+: file exists"
+            r"|failed to start shim: mkdir \S+: file exists|transport is closing"
             # Killed as it had set a default route and not yet written that down: seen
             # with its own bridges too, in one of 80 kills. From then on it takes an
             # interface in the container for another, or for none.
