@@ -86,6 +86,12 @@ class DockerApi:
             found = await self.get(session, "/version")
         return str(found.get("Version", "")) if isinstance(found, dict) else ""
 
+    async def outlived(self) -> bool:
+        """Tell whether containers outlive dockerd (live-restore); raises StoreError."""
+        async with self.session() as session:
+            found = await self.get(session, "/info")
+        return isinstance(found, dict) and found.get("LiveRestoreEnabled") is True
+
     async def get(self, session: aiohttp.ClientSession, path: str) -> Any:
         """Ask one question; None if what it is about is gone."""
         timeout = aiohttp.ClientTimeout(total=LIMIT)

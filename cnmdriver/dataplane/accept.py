@@ -132,7 +132,8 @@ async def _rules(tool: str) -> Rules:
         jump=any(set(line[2:-2]) <= set(MARKED) for line in jumps),
         own_jump=own > 0,
         sides=frozenset(sides),
-        others=len(used) > own + len(sides),
+        # What is there twice keeps the chain as well: one of each is deleted.
+        others=len(used) > (own > 0) + len(frozenset(sides)),
     )
 
 
@@ -167,7 +168,7 @@ async def _insert(tool: str, rules: Rules, undo: Undo) -> None:
         undo.append(take_back)
 
 
-async def _delete(tool: str, rules: Rules) -> None:
+async def _delete(tool: str, rules: Rules, *, again: bool = True) -> None:
     words: list[Words] = [("-D", *_rule(side)) for side in rules.sides]
     words += [("-D", *JUMP)] if rules.own_jump else []
     if not words:
@@ -178,10 +179,10 @@ async def _delete(tool: str, rules: Rules) -> None:
         await _batch(tool, words)
     except KernelError:
         now = await _rules(tool)
-        if now == rules:
+        if now == rules or not again:
             raise
         # Somebody was at it too: what is left of ours goes, all else may stay.
-        await _delete(tool, replace(now, others=True))
+        await _delete(tool, replace(now, others=True), again=False)
 
 
 async def _batch(tool: str, commands: Iterable[Words]) -> None:

@@ -131,6 +131,15 @@ class Sandboxes:
         dataplane = self.site.dataplane
         if wish == "moved" or not dataplane.has_sandbox(endpoint.sandbox):
             return replace(endpoint, device="")
+        if wish == "auto" and self.site.outlived:
+            # Docker finds a container's interfaces again by the number behind the
+            # prefix that it was told, and at one without it gives up on all others
+            # (libnetwork osl/namespace_linux.go Restore).
+            self.refused(
+                "live-restore is on, and a Docker that starts anew cannot take back "
+                "containers with interfaces that it has not moved"
+            )
+            return replace(endpoint, device="")
         try:
             present = await dataplane.inside(endpoint.sandbox)
         except KernelError as error:

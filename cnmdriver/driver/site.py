@@ -185,6 +185,8 @@ class Site:
     )
     names: dict[str, str] = field(default_factory=dict)
     """What Docker calls a network or endpoint, by its id, as far as it told."""
+    outlived: bool = False
+    """Whether containers outlive Docker's daemon, as far as it told: live-restore."""
     lingering: dict[str, float] = field(default_factory=dict)
     """Until when hosts whose lease has run out are not hidden yet."""
     ask: Ask | None = None

@@ -411,6 +411,7 @@ class Sync:
         """Read Docker's lists at each of its events, until it goes away."""
         async with contextlib.aclosing(docker.events()) as events:
             self.docker_version = await docker.version()
+            self.site.outlived = await docker.outlived()
             async for _ in events:
                 # What happens meanwhile comes as one event more.
                 await asyncio.sleep(SETTLE)

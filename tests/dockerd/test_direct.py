@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 
@@ -294,6 +295,18 @@ def test_the_same_address_at_once(scene: Scene) -> None:
         scene.remove(one)
 
 
+@contextmanager
+def live_restore(host: Host) -> Iterator[None]:
+    """Have a dockerd with live-restore as long as the block lasts."""
+    host.stop_dockerd()
+    host.start_dockerd(["--live-restore"])
+    try:
+        yield
+    finally:
+        host.stop_dockerd()
+        host.start_dockerd()
+
+
 def test_live_restore(scene: Scene) -> None:
     """
     What was built stays while dockerd restarts, and is taken back after.
@@ -302,10 +315,9 @@ def test_live_restore(scene: Scene) -> None:
     2. Traffic goes on; the container is disconnected and connected.
     """
     host = scene.host
-    host.stop_dockerd()
-    host.start_dockerd(["--live-restore"])
-    try:
-        first, second = scene.network(*both(14)), scene.network(*both(15))
+    with live_restore(host):
+        direct = ("-o", "pynet.attach=direct")
+        first, second = scene.network(*both(14)), scene.network(*both(15), *direct)
         one, peer = scene.run(first), scene.run(second)
         connect(one, second)
         host.kill_dockerd()
@@ -320,42 +332,35 @@ def test_live_restore(scene: Scene) -> None:
         connect(one, second)
         assert one.pings(peer.ip(second))
         scene.close()
-    finally:
-        host.stop_dockerd()
-        host.start_dockerd()
 
 
-def test_live_restore_beside_dockers_own(scene: Scene) -> None:
+def test_auto_with_live_restore(scene: Scene) -> None:
     """
-    A Docker that starts anew takes back what it moved, beside what was built in place.
+    With live-restore all is Docker's way, so that a new dockerd can take all back.
 
-    1. A container is connected to a second network, and dockerd is killed and started,
-       with live-restore, again and again.
-    2. Each time it is connected to a bridge of Docker's, and disconnected from both.
+    1. A container is connected to a second network, and dockerd is killed and started.
+    2. It is connected to a bridge of Docker's, and disconnected from both; again.
     Result: nothing is refused; the container has what Docker says, and no more.
     """
     host = scene.host
-    host.stop_dockerd()
-    host.start_dockerd(["--live-restore"])
-    try:
+    with live_restore(host):
         first, second = scene.network(*both(18)), scene.network(*both(19))
         own = scene.network(driver="bridge")
         one, peer = scene.run(first), scene.run(second)
+        assert eventually(lambda: told(host, "status")["docker"] == "connected")
         connect(one, second)
-        for _ in range(3):
+        assert names(one) == ["eth0", "eth1"]
+        for _ in range(4):
             host.kill_dockerd()
             host.start_dockerd(["--live-restore"])
             connect(one.look(), own)
-            assert names(one) == ["eth0", "eth1", "eth10"]
+            assert len(names(one)) == 3
             disconnect(one, second)
             disconnect(one, own)
             assert names(one) == ["eth0"]
             connect(one, second)
             assert one.pings(peer.ip(second))
         scene.close()
-    finally:
-        host.stop_dockerd()
-        host.start_dockerd()
 
 
 def test_dockerd_restarts_without_live_restore(scene: Scene) -> None:

@@ -12,7 +12,7 @@ import pytest
 from cnmdriver.dataplane.kernel import Kernel
 from cnmdriver.errors import KernelError
 from cnmdriver.plan import devices
-from cnmdriver.plan.ops import Accept, compare
+from cnmdriver.plan.ops import GROUP, Accept, compare
 
 from .conftest import (
     HOST,
@@ -301,3 +301,17 @@ async def test_at_once(host, tmp_path):
         assert await process.wait() == 0
     assert not compare(BOTH, await kernel.found(BOTH))
     await kernel.close()
+
+
+async def test_rules_that_are_there_twice(kernel, kind):
+    """A rule of ours that somebody has added once more is no obstacle: both go."""
+    assert kind
+    await kernel.apply((Accept(version=4),))
+    run(
+        *("iptables", "-w", "5", "-I", "DOCKER-USER", "-m", "devgroup"),
+        *("--src-group", hex(GROUP), "-m", "comment", "--comment", "pynet"),
+        *("-j", "ACCEPT"),
+    )
+    await kernel.clear((Accept(version=4),))
+    await kernel.clear((Accept(version=4),))
+    assert "pynet" not in run("iptables", "-w", "5", "-S")

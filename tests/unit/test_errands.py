@@ -4,6 +4,7 @@ import asyncio
 import time
 
 import pytest
+import structlog
 
 from cnmdriver.dataplane import errands
 from cnmdriver.dataplane.errands import Errands
@@ -82,4 +83,6 @@ async def test_what_cannot_be_cleared_is_over_too():
     async def clear(_plan, _still) -> None:
         raise KernelError("refused")
 
-    await asyncio.wait_for(Errands(clear).add((pair(1),), lambda plan: plan), 1)
+    with structlog.testing.capture_logs() as logs:
+        await asyncio.wait_for(Errands(clear).add((pair(1),), lambda plan: plan), 1)
+    assert [line["event"] for line in logs] == ["kernel.not_cleared"]

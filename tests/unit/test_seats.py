@@ -93,6 +93,13 @@ async def test_moved_by_docker(docker, attach):
     assert (again.device, again.prefix) == (devices.peer("c1"), "eth")
 
 
+@pytest.mark.parametrize(("attach", "direct"), [("auto", False), ("direct", True)])
+async def test_docker_takes_back_what_it_moved(docker, attach, direct):
+    """With live-restore all is moved, but where the user wants it otherwise."""
+    docker.rig.site.outlived = True
+    assert bool((await joined(docker, attach=attach)).device) is direct
+
+
 async def test_a_sandbox_that_cannot_be_entered(docker, capsys):
     """Docker moves what cannot be built, and that is told once."""
     docker.rig.kernel.locked = True
