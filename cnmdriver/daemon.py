@@ -10,6 +10,7 @@ Stopping closes the listeners, lets begun calls end, and leaves every network as
 import asyncio
 import contextlib
 import dataclasses
+import gc
 import logging
 import os
 import resource
@@ -27,7 +28,7 @@ from collections.abc import (
     Iterator,
     Mapping,
 )
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
 from importlib import metadata
 from ipaddress import ip_address
@@ -139,11 +140,13 @@ async def serve(
         admin = Path(settings.run_dir, "admin.sock")
         plugin = Path(settings.socket)
         await stack.enter_async_context(beside(notifier.live()))
-        daemon = await build(settings, stack, journal)
+        with uncollected():
+            daemon = await build(settings, stack, journal)
         # The first comparison can take longer than the lease.
         async with daemon.living():
-            await daemon.joined_soon()
-            await daemon.sync.turn()
+            with uncollected():
+                await daemon.joined_soon()
+                await daemon.sync.turn()
             with signals(stop):
                 async with (
                     listening(daemon.admin, admin),
@@ -158,6 +161,17 @@ async def serve(
                     notifier.stopping()
                 await daemon.ipam.settled_down()
         log.info("daemon.stopped")
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Look for no garbage meanwhile, nor later in what is there then: it stays."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @asynccontextmanager

@@ -18,10 +18,10 @@ class Holds:
     async def apply(self, ops: Plan, undo: Undo) -> None:
         """Hold each port, or turn the relay of one that is held."""
         for op in only(ops, Hold):
-            before = next((h for h in self._sockets.held() if h.key == op.key), None)
-            if await self._sockets.hold(op):
+            before = await self._sockets.hold(op)
+            if before is None:
                 undo.append(partial(self._sockets.release, op))
-            elif before is not None and before != op:
+            elif before != op:
                 undo.append(partial(self._again, before))
 
     async def clear(self, ops: Plan) -> None:

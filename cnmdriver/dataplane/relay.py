@@ -67,7 +67,8 @@ class TcpRelay:
         self._connect = connect
         self._watch = watch
         self._limit = connections
-        self._tasks: set[asyncio.Task[None]] = set()
+        # Most have none ever, and there are as many of them as ports.
+        self._tasks: set[asyncio.Task[None]] | None = None
         self._pause: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
         self._listen()
@@ -77,9 +78,9 @@ class TcpRelay:
         if self._pause is not None:
             self._pause.cancel()
         put_away(self._loop, self._listener)
-        for task in self._tasks:
-            task.cancel()
         if self._tasks:
+            for task in self._tasks:
+                task.cancel()
             await asyncio.wait(self._tasks, timeout=CLOSE_SECONDS)
 
     def _listen(self) -> None:
@@ -87,6 +88,8 @@ class TcpRelay:
         self._loop.add_reader(self._listener, self._accept)
 
     def _accept(self) -> None:
+        if self._tasks is None:
+            self._tasks = set()
         if len(self._tasks) >= self._limit:
             self._wait(f"{self._limit} connections are open")
             return
@@ -100,12 +103,17 @@ class TcpRelay:
         prepare(client, self._watch)
         task = self._loop.create_task(self._serve(client))
         self._tasks.add(task)
-        task.add_done_callback(partial(self._ended, client))
+        task.add_done_callback(partial(self._ended, client, self._tasks))
 
-    def _ended(self, client: socket.socket, task: asyncio.Task[None]) -> None:
+    def _ended(
+        self,
+        client: socket.socket,
+        tasks: set[asyncio.Task[None]],
+        task: asyncio.Task[None],
+    ) -> None:
         # Here and not in the task, as one that is cancelled at once never runs.
         client.close()
-        self._tasks.discard(task)
+        tasks.discard(task)
 
     def _wait(self, reason: str) -> None:
         # The socket stays readable, so without a pause the loop would spin.

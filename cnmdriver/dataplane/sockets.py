@@ -27,11 +27,13 @@ from cnmdriver.dataplane.handler import refusal
 from cnmdriver.dataplane.relay import FAMILIES, Target, TcpRelay, UdpRelay
 from cnmdriver.errors import Conflict, DriverError
 from cnmdriver.model import PROTOCOLS, SCTP, TCP, UDP, IPAddress
-from cnmdriver.plan.ops import Hold, Key
+from cnmdriver.plan.ops import Hold
 
 KINDS = {TCP: socket.SOCK_STREAM, UDP: socket.SOCK_DGRAM, SCTP: socket.SOCK_STREAM}
 NO_IPV6 = frozenset({errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL})
 NO_SCTP = frozenset({errno.EPROTONOSUPPORT, errno.ESOCKTNOSUPPORT})
+
+Number = tuple[int, int]
 
 WALK_SECONDS = 2.0
 LISTENING = "0A"
@@ -64,47 +66,53 @@ class Sockets:
     """
 
     def __init__(self) -> None:
-        self._held: dict[Key, Held] = {}
+        # A number is seldom held twice, and a tuple is the smallest collection.
+        self._held: dict[Number, tuple[Held, ...]] = {}
 
-    async def hold(self, op: Hold) -> bool:
+    async def hold(self, op: Hold) -> Hold | None:
         """
-        Hold a port, and return whether that is new.
+        Hold a port, and return as what it was held before, None if it was not.
 
         If it is held already only the target of its relay follows. A port that another
         program has, and an address the host does not have, are a Conflict.
         """
-        held = self._held.get(op.key)
-        if held is not None:
-            retarget(held, op)
-            return False
-        for other in self.held():
-            if clash(op, other):
+        others = self._held.get(number(op), ())
+        for held in others:
+            if held.op.address == op.address:
+                before = held.op
+                retarget(held, op)
+                return before
+            if overlap(op.address, held.op.address):
                 raise Conflict(
                     f"port {label(op)} is taken by pynet, which publishes "
-                    f"{label(other)}: publish another host port"
+                    f"{label(held.op)}: publish another host port"
                 )
         try:
             sock = bound(op)
         except OSError as error:
             raise await declined(op, error) from error
-        self._held[op.key] = Held(op=op, sock=sock, relay=relay(op, sock))
-        return True
+        held = Held(op=op, sock=sock, relay=relay(op, sock))
+        self._held[number(op)] = (*others, held)
+        return None
 
     async def release(self, op: Hold) -> None:
         """Give a port back; one that is not held is no error."""
-        held = self._held.pop(op.key, None)
-        if held is not None:
-            await held.close()
+        there = self._held.pop(number(op), ())
+        others = tuple(held for held in there if held.op.address != op.address)
+        if others:
+            self._held[number(op)] = others
+        for held in there:
+            if held not in others:
+                await held.close()
 
     def held(self) -> tuple[Hold, ...]:
-        """Return what is held, oldest first."""
-        return tuple(held.op for held in self._held.values())
+        """Return what is held."""
+        return tuple(held.op for there in self._held.values() for held in there)
 
     async def close(self) -> None:
         """Give all ports back."""
-        while self._held:
-            _, held = self._held.popitem()
-            await held.close()
+        for op in self.held():
+            await self.release(op)
 
 
 def retarget(held: Held, op: Hold) -> None:
@@ -142,11 +150,9 @@ def label(op: Hold) -> str:
     return f"[{op.address}]:{name}" if bracketed else f"{op.address}:{name}"
 
 
-def clash(one: Hold, other: Hold) -> bool:
-    """Tell whether the kernel would refuse one while the other is held."""
-    return (one.protocol, one.port) == (other.protocol, other.port) and overlap(
-        one.address, other.address
-    )
+def number(op: Hold) -> Number:
+    """Return what two ports have in common of which the kernel may refuse one."""
+    return op.protocol, op.port
 
 
 def overlap(one: IPAddress | None, other: IPAddress | None) -> bool:

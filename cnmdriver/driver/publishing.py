@@ -28,6 +28,24 @@ TRIES = 128
 log = structlog.get_logger()
 
 
+class Taken:
+    """Published ports and who has them: any of many is found as soon as a first."""
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        self._ports: dict[tuple[int, int], list[tuple[Published, str]]] = {}
+
+    def add(self, port: Published, owner: str) -> None:
+        """Note that an endpoint has a port."""
+        key = (port.protocol, port.host_port)
+        self._ports.setdefault(key, []).append((port, owner))
+
+    def owner(self, port: Published) -> str | None:
+        """Return the endpoint that has what would clash with a port, None if none."""
+        there = self._ports.get((port.protocol, port.host_port), ())
+        return next((who for other, who in there if clashing(port, other)), None)
+
+
 class Publisher:
     """
     Publishes ports of this host's endpoints.
@@ -50,24 +68,33 @@ class Publisher:
 
     async def replace(self, before: Endpoint, wishes: Sequence[PortRequest]) -> None:
         """Replace what an endpoint publishes."""
-        endpoint = replace(before, published=())
+        taken = self.taken(before)
+        had: dict[object, list[Published]] = {}
+        for port in before.published:
+            had.setdefault(inside(port), []).append(port)
+        held: list[Published] = []
         try:
             # Who wants one port only comes before who can do with another.
             for wish in sorted(wishes, key=choices):
-                port = await self.hold(before, endpoint, wish)
-                endpoint = replace(endpoint, published=(*endpoint.published, port))
-            await self.change(before, endpoint)
+                kept = had.get(inside(wish), ())
+                port = await self.hold(before, wish, taken, kept)
+                taken.add(port, before.id)
+                held.append(port)
+            await self.change(before, replace(before, published=tuple(held)))
         except (DriverError, asyncio.CancelledError):
-            await self.take_back(endpoint, before)
+            await self.take_back(replace(before, published=tuple(held)), before)
             raise
 
     async def hold(
-        self, before: Endpoint, endpoint: Endpoint, wish: PortRequest
+        self,
+        before: Endpoint,
+        wish: PortRequest,
+        taken: Taken,
+        had: Sequence[Published],
     ) -> Published:
         """Find a host port for a wish and hold it; one it had already is kept."""
-        for kept in before.published:
-            used = any(clashing(kept, port) for port in endpoint.published)
-            if fits(kept, wish) and not used:
+        for kept in had:
+            if fits(kept, wish) and taken.owner(kept) is None:
                 return kept
         refused: Conflict | None = None
         for number in candidates(wish):
@@ -78,8 +105,8 @@ class Publisher:
                 host_port=number,
             )
             try:
-                self.check_free(endpoint, port)
-                await self.site.dataplane.apply((router.hold(port, endpoint),))
+                self.check_free(port, taken)
+                await self.site.dataplane.apply((router.hold(port, before),))
             except Conflict as error:
                 refused = error
             else:
@@ -92,21 +119,24 @@ class Publisher:
             f"{low} to {high}, the last: {refused}"
         )
 
-    def check_free(self, endpoint: Endpoint, port: Published) -> None:
-        """Raise Conflict if this or another endpoint of this host has published it."""
-        for other in (endpoint, *self.others(endpoint)):
-            if any(clashing(port, theirs) for theirs in other.published):
-                raise Conflict(
-                    f"host port {port.host_port} is published by "
-                    f"{self.site.name(other.id)}; choose another host port"
-                )
+    def check_free(self, port: Published, taken: Taken) -> None:
+        """Raise Conflict if an endpoint of this host has published it."""
+        owner = taken.owner(port)
+        if owner is not None:
+            raise Conflict(
+                f"host port {port.host_port} is published by "
+                f"{self.site.name(owner)}; choose another host port"
+            )
 
-    def others(self, endpoint: Endpoint) -> Iterator[Endpoint]:
-        """Yield all other endpoints of this host."""
+    def taken(self, endpoint: Endpoint) -> Taken:
+        """Return what all other endpoints of this host publish."""
+        taken = Taken()
         for member in self.site.members():
             for other in self.site.endpoints(member.network):
                 if other.id != endpoint.id:
-                    yield other
+                    for port in other.published:
+                        taken.add(port, other.id)
+        return taken
 
     async def change(self, before: Endpoint, after: Endpoint) -> None:
         """Change what an endpoint publishes, in the store and then in the kernel."""
@@ -159,14 +189,15 @@ def bound_to(
     return wish if ipv6 else replace(wish, host_ip=IPv4Address(0))
 
 
+def inside(port: Published | PortRequest) -> tuple[int, int, IPAddress | None]:
+    """Return what is published, and on which address: all but the host's port."""
+    return port.protocol, port.port, port.host_ip
+
+
 def fits(port: Published, wish: PortRequest) -> bool:
     """Tell whether a published port is what a wish asks for."""
     low, high = limits(wish)
-    return (
-        (port.protocol, port.port) == (wish.protocol, wish.port)
-        and port.host_ip == wish.host_ip
-        and low <= port.host_port <= high
-    )
+    return inside(port) == inside(wish) and low <= port.host_port <= high
 
 
 def limits(wish: PortRequest) -> tuple[int, int]:

@@ -259,17 +259,16 @@ def published(endpoint: Endpoint) -> Plan:
     """List the map elements of the endpoint's published ports, a family each."""
     return tuple(
         element
+        for version, text in [(a.version, str(a.ip)) for a in endpoint.addresses]
         for port in endpoint.published
-        for address in endpoint.addresses
-        for element in translation(port, address.ip)
+        for element in translation(port, version, text)
     )
 
 
-def translation(port: Published, address: IPAddress) -> Iterator[Element]:
+def translation(port: Published, version: int, address: str) -> Iterator[Element]:
     """Yield the element that sends a published port to an address of its family."""
     number = (PROTOCOLS[port.protocol], str(port.host_port))
-    value = (str(address), str(port.port))
-    version = address.version
+    value = (address, str(port.port))
     if port.host_ip is None or port.host_ip == unspecified(port.host_ip):
         if port.host_ip is None or port.host_ip.version == version:
             yield Element(set=f"any{version}", item=number, value=value)

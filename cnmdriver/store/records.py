@@ -90,6 +90,16 @@ TYPES: dict[str, type[Any]] = {
 CLUSTER = "cluster"
 WATERMARKS = "watermarks/"
 """Behind all other keys: hosts write them often, and nobody follows them."""
+DEPTHS = {
+    "addresses": 4,
+    "blocks": 4,
+    "members": 2,
+    "endpoints": 2,
+    "pools": 2,
+    "questions": 2,
+    "answers": 2,
+}
+"""How many words of a key its like have too; one, where nothing else is said."""
 
 
 def host(name: str) -> str:
@@ -184,18 +194,8 @@ def endpoint(network: str, name: str) -> str:
 
 def group(key: str) -> str:
     """Return the prefix that a key shares with its like; records are listed by it."""
-    kind, _, rest = key.partition("/")
-    depth = {
-        "addresses": 4,
-        "blocks": 4,
-        "members": 2,
-        "endpoints": 2,
-        "pools": 2,
-        "questions": 2,
-        "answers": 2,
-    }
-    parts = [kind, *rest.split("/")]
-    return "/".join(parts[: depth.get(kind, 1)]) + "/"
+    parts = key.split("/")
+    return "/".join(parts[: DEPTHS.get(parts[0], 1)]) + "/"
 
 
 class Envelope(msgspec.Struct, frozen=True):

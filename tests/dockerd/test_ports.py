@@ -544,3 +544,14 @@ def test_a_real_web_server_answers(scene: Scene) -> None:
                 return b""
 
     assert eventually(lambda: b"hello" in answer())
+
+
+def test_four_thousand_ports(scene: Scene) -> None:
+    """A wide range is published to its end, and is free again at once."""
+    network = scene.network()
+    for _ in range(2):
+        one = scene.run(network, "-p", "20000-23999:1000-4999")
+        scene.serve(one, 1000, 4999)
+        for port in (20000, 23999):
+            assert scene.outside.tcp(LAN4, port) is not None
+        scene.remove(one)
