@@ -45,8 +45,8 @@ from cnmdriver.model import (
     Reservation,
     Subnet,
 )
-from cnmdriver.plan import devices, firewall, options, router, seats
-from cnmdriver.plan.ops import Key
+from cnmdriver.plan import devices, firewall, ops, options, router, seats
+from cnmdriver.plan.ops import Accept, Key
 from cnmdriver.plan.options import VNIS
 from cnmdriver.store import records
 from cnmdriver.store.records import Space
@@ -114,10 +114,18 @@ class NetworkDriver:
         return self.joining.part(docker_id)
 
     async def leave_network(self, member: Member) -> None:
-        """Give this host's part in a network back, in the store and in the kernel."""
+        """
+        Give this host's part in a network back, in the store and in the kernel.
+
+        The host's own rules go after that: they tell of no network, and take the time
+        of two programs.
+        """
         plan = self.site.network_plan(member)
+        rules = tuple(op for op in plan if isinstance(op, Accept))
         await self.site.state.remove(lambda draft: self.joining.leave(draft, member))
-        await self.site.clear(plan)
+        await self.site.clear(ops.without(plan, rules))
+        if rules:
+            self.site.dataplane.dismiss(rules, self.site.unwanted)
         await self.remotes.update()
 
     async def delete(self, docker_id: str) -> None:
