@@ -91,6 +91,28 @@ async def test_many_ports(red):
     assert differences(red) == []
 
 
+async def test_no_port_is_compared_with_all_others(red, monkeypatch):
+    """Many ports, published beside many and then once more, meet only their like."""
+    compared = []
+
+    def clashing(one, other):
+        compared.append((one.host_port, other.host_port))
+        return clash(one, other)
+
+    clash = publishing.clashing
+    monkeypatch.setattr(publishing, "clashing", clashing)
+    first = tuple(port(80, 7000 + n, ip="127.0.0.1") for n in range(100))
+    second = tuple(port(80, 7000 + n, ip="127.0.0.2") for n in range(100))
+    await publish(red, *first)
+    await red.start("two", RED, ports=second)
+    assert await publish(red, *first) == [
+        f"127.0.0.1:{7000 + n}:80" for n in range(100)
+    ]
+    assert len(published(red, "two")) == 100
+    assert {one == other for one, other in compared} == {True}
+    assert len(compared) <= 400
+
+
 async def test_the_order_of_work(red):
     """The port is held before the record says so, and translated after that."""
     order = []
