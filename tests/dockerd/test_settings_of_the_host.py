@@ -225,7 +225,7 @@ def test_a_network_works_with_iptables(
     before = accepts(host)
     with foreign_drop(host):
         assert_works(host, *POOLS)
-    assert accepts(host) == before
+    assert eventually(lambda: accepts(host) == before)
     assert_clean(host)
 
 
@@ -236,7 +236,8 @@ def test_legacy_tables_beside_nftables_do_not_stop_us(
     host = make_lab().hosts[0]
     host.exec("iptables-legacy", "-P", "FORWARD", "DROP")
     assert_works(host, *POOLS4)
-    assert "pynet" not in host.exec("iptables-legacy", "-S").stdout
+    shown = partial(host.exec, "iptables-legacy", "-S")
+    assert eventually(lambda: "pynet" not in shown().stdout)
 
 
 def test_dockerd_starts_after_pynet(make_lab: Callable[..., Lab]) -> None:
