@@ -196,6 +196,8 @@ class Case:
                 await self.life(docker)
             except DriverError as error:
                 report["refused"] = str(error)
+            # What goes after an answer has gone then.
+            await alive.difference()
             report["answers"] = [repr(answer) for answer in journal.answers]
             report["left_by_docker"] = [
                 *alive.rig.records,
