@@ -14,7 +14,8 @@ import ipaddress
 import os
 import socket
 import struct
-from collections.abc import AsyncIterator, Awaitable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -379,7 +380,10 @@ class Netlink:
         Return the messages of a dump.
 
         While things come and go all the time no dump is of one moment. What stays is
-        hardly in none of them, so they are put together, the older first.
+        hardly in none of them, so they are put together, the older first. One that
+        seems whole can still lack something: the kernel takes an address from its list
+        before it counts that (net/ipv4/devinet.c, fib_frontend.c). So what one look
+        lacks the next has to lack as well.
         """
         pooled: list[Any] = []
         for count in range(1, DUMP_TRIES + 1):
@@ -464,16 +468,40 @@ async def _collect(
     found = []
     whole = True
     loop = asyncio.get_running_loop()
-    async with asyncio.timeout(BOUND) as limit:
-        answers: AsyncIterator[Any] = await getattr(ip, kind)("dump", **request)
-        async for message in answers:
-            found.append(message)
-            whole = whole and not message["header"]["flags"] & INTERRUPTED
-            if len(found) % BREATH == 0:
-                # What is bounded is the kernel's time, not that of reading much.
-                limit.reschedule(loop.time() + BOUND)
-                await asyncio.sleep(0)
-    return found, whole
+    with _ends(ip) as ends:
+        async with asyncio.timeout(BOUND) as limit:
+            answers: AsyncIterator[Any] = await getattr(ip, kind)("dump", **request)
+            async for message in answers:
+                found.append(message)
+                whole = whole and not message["header"]["flags"] & INTERRUPTED
+                if len(found) % BREATH == 0:
+                    # What is bounded is the kernel's time, not that of reading much.
+                    limit.reschedule(loop.time() + BOUND)
+                    await asyncio.sleep(0)
+    return found, whole and not any(flags & INTERRUPTED for flags in ends)
+
+
+@contextmanager
+def _ends(ip: AsyncIPRoute) -> Iterator[list[int]]:
+    """
+    Note the flags of the message that ends a dump, which pyroute2 keeps to itself.
+
+    If all that was left moved up meanwhile, that message alone tells of it.
+    """
+    ends: list[int] = []
+    marshal: Any = ip.marshal
+    usual = marshal.is_enough
+
+    def is_enough(message: Any) -> Any:
+        if message["header"]["type"] == rtnetlink.DONE:
+            ends.append(message["header"]["flags"])
+        return usual(message)
+
+    marshal.is_enough = is_enough
+    try:
+        yield ends
+    finally:
+        marshal.is_enough = usual
 
 
 def _refusal(what: str, error: NetlinkError) -> KernelError:

@@ -9,6 +9,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from operator import is_
 from typing import Final, Protocol
 
 import structlog
@@ -193,6 +194,8 @@ class Site:
     """Asks another host what it has, if there can be others."""
     latest: tuple[object, Mapping[Key, Op]] = (None, NOTHING)
     """What all plans follow from, as it was last, and their union."""
+    sourced: dict[str, tuple[tuple[object, ...], Plan]] = field(default_factory=dict)
+    """What a record of another host calls for, by its key, and of which values."""
 
     @property
     def view(self) -> View:
@@ -314,12 +317,18 @@ class Site:
         if vtep is None:
             return ()
         shared, member, mode = found
-        if isinstance(record, Endpoint):
-            return mode.remote(shared, member, reached(record, vtep), self.host)
-        own = mode.peer(shared, member, vtep, self.host) if record.docker_id else ()
-        if record.addresses:
-            own += mode.remote(shared, member, reached(record, vtep), self.host)
-        return own
+        # Records are values: of the same ones the plan is the same.
+        basis = (record, vtep, shared, member, self.host)
+        known, plan = self.sourced.get(key, (None, ()))
+        if known is not None and all(map(is_, known, basis)):
+            return plan
+        plan = ()
+        if isinstance(record, Member) and record.docker_id:
+            plan = mode.peer(shared, member, vtep, self.host)
+        if isinstance(record, Endpoint) or record.addresses:
+            plan += mode.remote(shared, member, reached(record, vtep), self.host)
+        self.sourced[key] = basis, plan
+        return plan
 
     def host_plan(self, key: str) -> Plan:
         """Return what another host calls for as such, if this one has tunnels."""
@@ -375,6 +384,7 @@ class Site:
     def let_go(self) -> None:
         """Keep no union of plans until it is asked for again: it can be large."""
         self.latest = (None, NOTHING)
+        self.sourced = {k: v for k, v in self.sourced.items() if self.view.seen(k)}
 
     def plans(self) -> Iterator[Plan]:
         """Yield all plans of this host."""

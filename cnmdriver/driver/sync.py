@@ -101,10 +101,12 @@ class Sync:
         self.problems: tuple[str, ...] = ()
         self.repairs: Counter[str] = Counter()
         """How often something of a kind was put right; not what is made at start."""
-        self.ended = 0.0
-        self.took = 0.0
-        """When the last comparison ended, and how long a look took, in seconds."""
+        self.ended = self.took = 0.0
+        """When the last comparison ended, and how long its looks took, in seconds."""
         self.planned: asyncio.TimerHandle | None = None
+        self.looking = False
+        self.missed: set[bool] = set()
+        """Whose changes the kernel announced while it was compared: our own?"""
 
     def wake(self) -> None:
         """Ask for a comparison soon."""
@@ -117,8 +119,15 @@ class Sync:
 
     def hear(self, own: bool) -> None:
         """Hear that the kernel was changed; ask for a comparison in its turn."""
+        if self.looking:
+            self.missed.add(own)
+            return
+        if self.curious:
+            # The comparison that is about to begin sees it.
+            return
         loop = asyncio.get_running_loop()
-        wait = LATER if own else min(LATER, max(SOON, self.took / SHARE))
+        share = self.took / SHARE
+        wait = max(LATER, share) if own else min(LATER, max(SOON, share))
         due = max(self.ended + wait, loop.time() + SETTLE)
         if self.planned is not None:
             if self.planned.when() <= due:
@@ -143,12 +152,21 @@ class Sync:
                 self.curious = True
             await self.calm()
             self.dirty.clear()
-            curious, self.curious = self.curious, False
-            if curious:
-                await self.turn()
-                self.ended = loop.time()
-            else:
+            if not self.curious:
                 await self.forget()
+                continue
+            self.curious, self.looking = False, True
+            if self.planned is not None:
+                self.planned.cancel()
+                self.planned = None
+            try:
+                await self.turn()
+            finally:
+                self.looking = False
+            self.ended = loop.time()
+            missed, self.missed = self.missed, set()
+            if missed:
+                self.hear(all(missed))
 
     async def calm(self) -> None:
         """
@@ -196,6 +214,7 @@ class Sync:
 
     async def repair(self) -> None:
         """Make the kernel equal to the plans."""
+        self.took = 0.0
         difference = await self.look()
         if difference and self.settle:
             # A call of Docker may be half way between the records and the kernel, then
@@ -237,7 +256,7 @@ class Sync:
         self.networks.remotes.seen(found)
         if self.networks.sandboxes.underway:
             difference = ops.less(difference, self.networks.sandboxes.made_now())
-        self.took = time.monotonic() - begin
+        self.took += time.monotonic() - begin
         return difference
 
     def still_wanted(self, plan: Plan) -> Plan:
