@@ -284,6 +284,26 @@ async def test_entries_are_there_before_the_container(here):
     assert kinds[first:] == ["Fdb", "Fdb", "Neighbour", "Neighbour"] * 2 + port
 
 
+async def test_a_plan_is_made_once(carrying):
+    """What a record calls for is made anew only when something that matters changes."""
+    site = carrying.rig.site
+    await carrying.learn(carrying.endpoint(2), carrying.endpoint(3))
+    key, record = carrying.endpoint(2)
+    plan = site.source_plan(key)
+    assert plan == tuple(op for op in plan if op in carrying.of((key, record)))
+    assert site.source_plan(key) is plan
+    carrying.hear(carrying.endpoint(2, mac="02:42:00:00:00:09"))
+    assert site.source_plan(key) != plan
+    carrying.hear(carrying.endpoint(2))
+    assert site.source_plan(key) == plan
+    site.host = replace(site.host, namespace="elsewhere")
+    assert {op.where for op in site.source_plan(key)} == {"elsewhere"}
+    carrying.hear(carrying.gone(2))
+    assert site.source_plan(key) == ()
+    site.let_go()
+    assert set(site.sourced) <= {carrying.endpoint(3)[0], carrying.member()[0]}
+
+
 async def test_a_second_endpoint_here_costs_nothing(carrying):
     """Only the first endpoint here asks for what all others are."""
     await carrying.learn(*(carrying.endpoint(n) for n in range(2, 12)))

@@ -862,6 +862,47 @@ async def test_waking_and_auditing(parts, docker, sync):
         await until(lambda: parts.kernel.ops == before)
 
 
+@pytest.mark.parametrize(("own", "again"), [(True, 5.0), (False, 0.3)])
+async def test_what_a_look_may_have_missed(parts, docker, sync, own, again):
+    """What changes amid a look is looked at in its turn, not at once."""
+    await docker.create(RED, "10.1.0.0/24")
+    looks = []
+    found = parts.kernel.found
+
+    async def disturbed(wanted: Plan = ()) -> Plan:
+        looks.append(asyncio.get_running_loop().time())
+        if len(looks) == 1:
+            for _ in range(3):
+                sync.hear(own)
+        return await found(wanted)
+
+    parts.kernel.found = disturbed
+    async with running(sync.run()):
+        sync.hear(True)
+        assert sync.planned is not None
+        await until(lambda: sync.ended)
+        due = sync.planned.when()
+        assert due - sync.ended == pytest.approx(again, abs=0.1)
+        sync.wake()
+        # What is about to be looked at is planned no second time.
+        sync.hear(False)
+        assert sync.planned.when() == due
+        await until(lambda: len(looks) == 2)
+        await until(lambda: not sync.looking)
+        assert sync.planned is None
+        assert len(looks) == 2
+
+
+async def test_looks_that_take_long_are_rare(sync):
+    """Changes of our own are looked at a fifth of the time at most."""
+    sync.ended = asyncio.get_running_loop().time()
+    for took, wait in ((0.1, 5.0), (3.0, 15.0)):
+        sync.took, sync.planned = took, None
+        sync.hear(True)
+        assert sync.planned.when() - sync.ended == pytest.approx(wait)
+        sync.planned.cancel()
+
+
 async def test_a_turn_that_fails(parts, docker, sync):
     """A turn that fails is logged, and the next does what is left to do."""
     await docker.create(RED, "10.1.0.0/24")
