@@ -381,9 +381,9 @@ class Netlink:
 
         While things come and go all the time no dump is of one moment. What stays is
         hardly in none of them, so they are put together, the older first. One that
-        seems whole can still lack something: the kernel takes an address from its list
-        before it counts that (net/ipv4/devinet.c, fib_frontend.c). So what one look
-        lacks the next has to lack as well.
+        seems whole can still lack something, if seldom: seen on Linux 6.18 with
+        addresses that came and went without a pause. So what one look lacks the next
+        has to lack as well.
         """
         pooled: list[Any] = []
         for count in range(1, DUMP_TRIES + 1):

@@ -71,12 +71,12 @@ class Publisher:
         taken = self.taken(before)
         had: dict[object, list[Published]] = {}
         for port in before.published:
-            had.setdefault(inside(port), []).append(port)
+            had.setdefault(service(port), []).append(port)
         held: list[Published] = []
         try:
             # Who wants one port only comes before who can do with another.
             for wish in sorted(wishes, key=choices):
-                kept = had.get(inside(wish), ())
+                kept = had.get(service(wish), ())
                 port = await self.hold(before, wish, taken, kept)
                 taken.add(port, before.id)
                 held.append(port)
@@ -189,7 +189,7 @@ def bound_to(
     return wish if ipv6 else replace(wish, host_ip=IPv4Address(0))
 
 
-def inside(port: Published | PortRequest) -> tuple[int, int, IPAddress | None]:
+def service(port: Published | PortRequest) -> tuple[int, int, IPAddress | None]:
     """Return what is published, and on which address: all but the host's port."""
     return port.protocol, port.port, port.host_ip
 
@@ -197,7 +197,7 @@ def inside(port: Published | PortRequest) -> tuple[int, int, IPAddress | None]:
 def fits(port: Published, wish: PortRequest) -> bool:
     """Tell whether a published port is what a wish asks for."""
     low, high = limits(wish)
-    return inside(port) == inside(wish) and low <= port.host_port <= high
+    return service(port) == service(wish) and low <= port.host_port <= high
 
 
 def limits(wish: PortRequest) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """
 What Docker's users wait for: connect, disconnect, run, networks, ports.
 
-Beside the drivers stands one that does nothing: no other can be faster.
+Beside the drivers stands one that does nothing: what it takes is Docker's own part.
 """
 
 import sys
