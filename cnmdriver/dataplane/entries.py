@@ -15,11 +15,12 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from ipaddress import IPv4Address, IPv6Address
 from itertools import count
 
+from cnmdriver.courtesy import Courtesy
 from cnmdriver.dataplane.handler import (
     BOUND,
     Refusal,
@@ -50,6 +51,7 @@ Entry = Fdb | Neighbour
 
 TOGETHER = 128
 """How many go in one send; in a millisecond at most others get their turn."""
+READING = "reading the entries"
 BUFFER = 1_048_576
 """Room for the answers if each of them fails."""
 
@@ -131,30 +133,20 @@ class Entries:
         if failures:
             raise KernelError("; ".join(failures))
 
-    async def found(self, wanted: Plan, devices: Plan) -> Plan:
-        """Return all entries of our devices."""
-        reading = await self.reading(wanted, devices)
-        if reading is None:
-            return ()
-        try:
-            return await reading.all()
-        finally:
-            reading.close()
-
-    async def reading(self, wanted: Plan, devices: Plan) -> "Reading | None":
+    async def found(self, wanted: Plan, devices: Plan, courtesy: Courtesy) -> Plan:
         """
-        Prepare to read all entries, None where there is no overlay.
+        Return all entries of our devices.
 
         What is `wanted` and there is surely found, whatever comes and goes meanwhile.
         """
         if not only(devices, Vxlan):
-            return None
+            return ()
         kinds = (Bridge, Veth, Vxlan)
         named = [op for op in devices if isinstance(op, kinds)]
         at = {self._netlink.index(op.name): op for op in named}
         known = {index: op for index, op in at.items() if index is not None}
-        entries = frozenset(_entries(wanted))
-        return Reading(await self._socket(), known, self._where, entries)
+        with await self._socket() as sock:
+            return await Reading(sock, known, self._where, wanted, courtesy).all()
 
     async def _take_back(self, added: Sequence[Entry]) -> None:
         await self.clear(tuple(added[::-1]))
@@ -185,18 +177,19 @@ class Reading:
         sock: socket.socket,
         devices: Mapping[int, Op],
         where: str,
-        wanted: frozenset[Entry],
+        wanted: Plan,
+        courtesy: Courtesy,
     ) -> None:
-        """Take the devices whose entries count, by index, and the wanted entries."""
+        """Take the devices whose entries count, by index, and what is wanted."""
+        self._courtesy = courtesy
         self._socket = sock
         self._devices = devices
         self._where = where
         self._wanted = wanted
+        self._unseen: dict[int, set[Entry]] = {}
+        """Wanted entries of a family that were in no dump."""
+        self._found: dict[Entry, None] = {}
         self._numbers = count(1)
-
-    def close(self) -> None:
-        """Close the socket; a second time does nothing."""
-        self._socket.close()
 
     async def all(self) -> Plan:
         """Read forwarding entries, then neighbours."""
@@ -210,21 +203,24 @@ class Reading:
             for index, op in self._devices.items()
             if isinstance(op, Bridge)
         }
-        found: list[Op] = []
-        await self._dump(AF_BRIDGE, ports, self._forwarding, found)
+        for some in _portions(self._wanted):
+            for op in some:
+                self._unseen.setdefault(_family(op), set()).add(op)
+            await self._courtesy.stand_back()
+        await self._dump(AF_BRIDGE, ports, self._forwarding)
         for family in FAMILIES.values():
-            await self._dump(family, bridges, self._neighbour, found)
-        return tuple(dict.fromkeys(found))
+            await self._dump(family, bridges, self._neighbour)
+        return tuple(self._found)
 
     async def _dump(
         self,
         family: int,
         names: Mapping[int, str],
-        read: "Callable[[str, int, int, bytes], Op | None]",
-        found: list[Op],
+        read: "Callable[[str, int, int, bytes], Entry | None]",
     ) -> None:
         """Read a family again while it is not of one moment; add what it had to all."""
-        last: list[Op] = []
+        unseen = self._unseen.get(family, set())
+        last: list[Entry] = []
         for turn in range(1, DUMP_TRIES + 1):
             before, last = last, []
             try:
@@ -237,15 +233,17 @@ class Reading:
                 before = []
                 break
         # What stays is in one of two dumps at least.
-        found += before + last
-        await self._ask_for_rest(family, names, read, found)
+        for some in _portions(before + last):
+            self._found.update(dict.fromkeys(some))
+            unseen.difference_update(some)
+            await self._courtesy.stand_back()
+        await self._ask_for_rest(names, read, unseen)
 
     async def _ask_for_rest(
         self,
-        family: int,
         names: Mapping[int, str],
-        read: "Callable[[str, int, int, bytes], Op | None]",
-        found: list[Op],
+        read: "Callable[[str, int, int, bytes], Entry | None]",
+        unseen: Iterable[Entry],
     ) -> None:
         """
         Ask for each wanted entry that the dumps have not shown; add those there are.
@@ -255,11 +253,7 @@ class Reading:
         destinations is not asked for, as only the first of them would be told.
         """
         at = {device: index for index, device in names.items()}
-        rest = [
-            op
-            for op in self._wanted.difference(found)
-            if op.device in at and _family(op) == family and op.mac != FLOOD
-        ]
+        rest = [op for op in unseen if op.device in at and op.mac != FLOOD]
         for some in _portions(rest):
             asked = dict(zip(some, self._numbers, strict=False))
             left = set(asked.values())
@@ -270,7 +264,7 @@ class Reading:
                 )
             )
             while left:
-                data = _received(self._socket, "reading the entries")
+                data = _received(self._socket, READING)
                 for kind, place, end in _messages(data):
                     number = MESSAGE.unpack_from(data, place)[3]
                     op = None
@@ -278,15 +272,15 @@ class Reading:
                         op = _entry(names, read, data, place + MESSAGE.size, end)
                     left.discard(number)
                     if op is not None:
-                        found.append(op)
-            await asyncio.sleep(0)
+                        self._found[op] = None
+            await self._courtesy.stand_back()
 
     async def _read(
         self,
         family: int,
         names: Mapping[int, str],
-        read: "Callable[[str, int, int, bytes], Op | None]",
-        found: list[Op],
+        read: "Callable[[str, int, int, bytes], Entry | None]",
+        found: list[Entry],
     ) -> bool:
         """Read all entries of a family; tell whether they are of one moment."""
         asked = next(self._numbers)
@@ -294,7 +288,8 @@ class Reading:
         self._socket.send(_message(GET, REQUEST | DUMP, asked, body))
         whole = True
         while True:
-            data = _received(self._socket, "reading the entries")
+            # The kernel may walk through all entries for each of a bridge's ports.
+            data = await asyncio.to_thread(_received, self._socket, READING)
             for place, (kind, at, end) in enumerate(_messages(data)):
                 _, _, word, number, _ = MESSAGE.unpack_from(data, at)
                 if number != asked:
@@ -302,14 +297,14 @@ class Reading:
                     continue
                 whole = whole and not word & INTERRUPTED
                 if kind in {ERROR, DONE}:
-                    _fail("reading the entries", data, at)
+                    _fail(READING, data, at)
                     return whole
                 op = _entry(names, read, data, at + MESSAGE.size, end)
                 if op is not None:
                     found.append(op)
                 if place % TOGETHER == TOGETHER - 1:
-                    await asyncio.sleep(0)
-            await asyncio.sleep(0)
+                    await self._courtesy.stand_back()
+            await self._courtesy.stand_back()
 
     def _forwarding(
         self, device: str, state: int, flags: int, body: bytes
@@ -346,11 +341,11 @@ class Reading:
 
 def _entry(
     names: Mapping[int, str],
-    read: Callable[[str, int, int, bytes], Op | None],
+    read: Callable[[str, int, int, bytes], Entry | None],
     data: bytes,
     start: int,
     end: int,
-) -> Op | None:
+) -> Entry | None:
     """Read one entry, None if it does not count."""
     _, index, state, flags, _ = BODY.unpack_from(data, start)
     device = names.get(index)

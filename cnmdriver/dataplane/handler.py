@@ -39,6 +39,10 @@ class Handler(Protocol):
     async def clear(self, ops: Plan) -> None:
         """Remove the objects; what is not there, or not ours, is left."""
 
+
+class Reader(Handler, Protocol):
+    """Finds them, too."""
+
     async def found(self, wanted: Plan, devices: Plan) -> Plan:
         """
         Read what is ours.

@@ -29,14 +29,16 @@ from pathlib import Path
 
 import structlog
 
+from cnmdriver.courtesy import Courtesy
 from cnmdriver.dataplane import announcing, probe, seating
 from cnmdriver.dataplane import sandbox as inside
 from cnmdriver.dataplane.accept import Accepts
 from cnmdriver.dataplane.addresses import Addresses
-from cnmdriver.dataplane.entries import Entries, Reading
+from cnmdriver.dataplane.entries import Entries
 from cnmdriver.dataplane.errands import Errands
 from cnmdriver.dataplane.handler import (
     Handler,
+    Reader,
     Step,
     Undo,
     nothing,
@@ -122,11 +124,11 @@ class Crew:
     links: Links
     firewall: Firewall
     entries: Entries
-    others: tuple[Handler, ...]
+    others: tuple[Reader, ...]
 
     @property
     def all(self) -> tuple[Handler, ...]:
-        """Return them in the order in which they look at the kernel."""
+        """Return them."""
         return (*self.others, self.firewall, self.links, self.entries)
 
     def one(self, kind: type[Handler]) -> Handler:
@@ -158,6 +160,10 @@ class Kernel:
         self._crews: dict[str, Crew] = {}
         self._changing = 0
         self._changed = 0.0
+        self._callers = 0
+        self._free = asyncio.Event()
+        """Set while nobody changes the kernel, or waits for that."""
+        self._free.set()
         self._errands = Errands(self.clear)
         self._staff(self._host)
 
@@ -191,7 +197,7 @@ class Kernel:
         """
         if not plan:
             return
-        async with self._lock, self._own_change():
+        async with self._turn():
             undo: Undo = []
             self._begin()
             try:
@@ -217,7 +223,7 @@ class Kernel:
         failures: list[str] = []
         if not plan:
             return
-        async with self._lock, self._own_change():
+        async with self._turn():
             self._begin()
             for where, kind, ops in _groups(still(plan)[::-1], {Links}):
                 await self._announce("clear", ops)
@@ -245,21 +251,17 @@ class Kernel:
         Read everything of ours in the kernel, in the order of a plan, entries last.
 
         `wanted` adds what has no mark: settings, and rules that nothing calls for.
-        Others have their turn after each kind of thing, so what is found need not be of
-        one moment. What was dismissed is gone before.
+        Others have their turn after each kind of thing, and what there can be much of
+        is read while they change it, so what is found need not be of one moment. What
+        was dismissed is gone before.
         """
         await self._errands.run()
-        readings: list[Reading] = []
-        ops: list[Plan] = []
-        try:
-            ops += await self._look(HOST, wanted, readings)
-            if any(isinstance(op, Namespace) for plan in ops for op in plan):
-                ops += await self._look(self._namespace, wanted, readings)
-            entries = [op for each in readings for op in await each.all()]
-        finally:
-            for reading in readings:
-                reading.close()
-        return (*sorted(union(ops), key=_place), *entries)
+        courtesy = Courtesy(self._free)
+        ops, entries = await self._look(HOST, wanted, courtesy)
+        if any(isinstance(op, Namespace) for op in ops):
+            more = await self._look(self._namespace, wanted, courtesy)
+            ops, entries = ops + more[0], entries + more[1]
+        return (*sorted(union([ops]), key=_place), *entries)
 
     async def foreign(self) -> tuple[tuple[str, str], ...]:
         """Return name and alias of devices that another pynet host has marked."""
@@ -422,6 +424,19 @@ class Kernel:
                 ear.close()
 
     @asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        """Change the kernel, alone, and before whoever only reads goes on."""
+        self._callers += 1
+        self._free.clear()
+        try:
+            async with self._lock, self._own_change():
+                yield
+        finally:
+            self._callers -= 1
+            if not self._callers:
+                self._free.set()
+
+    @asynccontextmanager
     async def _own_change(self) -> AsyncIterator[None]:
         """Let it be known that what is announced now may be our own doing."""
         self._changing += 1
@@ -472,7 +487,7 @@ class Kernel:
         """Give a place its handlers."""
         where, netlink = place.name, place.netlink
         links = Links(place, self._host, mark=self._mark, namespace=self._namespace)
-        others: tuple[Handler, ...] = (
+        others: tuple[Reader, ...] = (
             Sysctls(place.inside, links, self._memory, where),
             Addresses(netlink, links, where),
             Routes(netlink, links, where),
@@ -525,27 +540,33 @@ class Kernel:
             await crew.one(kind).clear(ops)
 
     async def _look(
-        self, where: str, wanted: Plan, readings: list[Reading]
-    ) -> list[Plan]:
-        """Read a place, and prepare to read the entries of its overlays."""
+        self, where: str, wanted: Plan, courtesy: Courtesy
+    ) -> tuple[Plan, Plan]:
+        """Read a place; return what is there and, apart, the entries of overlays."""
         here = tuple(op for op in wanted if op.where == where)
         async with self._lock:
             crew = await settled(self._crew(where))
-            if crew is None:
-                return []
+        if crew is None:
+            return (), ()
+        try:
             devices = await settled(crew.links.devices(here))
-            reading = await settled(crew.entries.reading(here, devices))
-            if reading is not None:
-                readings.append(reading)
-        found = []
-        for handler in crew.all:
-            if handler is not crew.entries:
+            found = devices + await settled(crew.firewall.found(here, devices))
+            entries = await crew.entries.found(here, devices, courtesy)
+            for handler in crew.others:
                 async with self._lock:
-                    if await settled(self._crew(where)) is not crew:
-                        # What was in the namespace has gone with it.
-                        return []
-                    found.append(await settled(handler.found(here, devices)))
-        return found
+                    if not await self._is_there(where, crew):
+                        return (), ()
+                    found += await settled(handler.found(here, devices))
+        except KernelError:
+            async with self._lock:
+                if await self._is_there(where, crew):
+                    raise
+            # What was in the namespace has gone with it.
+            return (), ()
+        return found, entries
+
+    async def _is_there(self, where: str, crew: Crew) -> bool:
+        return await settled(self._crew(where)) is crew
 
     async def _announce(self, verb: str, ops: Plan) -> None:
         for count, op in enumerate(ops, 1):

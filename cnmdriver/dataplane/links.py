@@ -75,11 +75,6 @@ class Links:
             if isinstance(op, Device) and not (together and op in pairs):
                 await self._remove(op.name)
 
-    async def found(self, wanted: Plan, devices: Plan) -> Plan:
-        """Return what `devices` found."""
-        del wanted
-        return devices
-
     async def devices(self, wanted: Plan) -> Plan:
         """Return our devices, bridges first."""
         links = await self._grouped()

@@ -54,7 +54,7 @@ NO_WAY = {
     errno.EACCES,
     errno.EINVAL,
 }
-BREATH = 64
+BREATH = 16
 """After so many messages of a dump others get their turn."""
 
 T = TypeVar("T")

@@ -22,7 +22,6 @@ from cnmdriver.driver import claims, publishing
 from cnmdriver.driver.claims import Picker
 from cnmdriver.driver.doubts import Doubts
 from cnmdriver.driver.joining import Joining
-from cnmdriver.driver.locks import Locks
 from cnmdriver.driver.publishing import Publisher
 from cnmdriver.driver.remotes import Remotes
 from cnmdriver.driver.sandboxes import Sandboxes
@@ -66,7 +65,7 @@ class NetworkDriver:
         self.publisher = Publisher(site)
         self.sandboxes = Sandboxes(site)
         self.doubts = Doubts(site)
-        self.locks = Locks()
+        self.locks = site.locks
         self.creating = asyncio.Lock()
         self.owed: set[str] = set()
         """Endpoints whose interfaces were built anew while Docker was at work."""

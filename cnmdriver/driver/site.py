@@ -14,6 +14,7 @@ from typing import Final, Protocol
 
 import structlog
 
+from cnmdriver.driver.locks import Locks
 from cnmdriver.errors import KernelError, NotFound
 from cnmdriver.model import (
     Alive,
@@ -192,6 +193,8 @@ class Site:
     """Until when hosts whose lease has run out are not hidden yet."""
     ask: Ask | None = None
     """Asks another host what it has, if there can be others."""
+    locks: Locks = field(default_factory=Locks)
+    """Who works on which network."""
     latest: tuple[object, Mapping[Key, Op]] = (None, NOTHING)
     """What all plans follow from, as it was last, and their union."""
     sourced: dict[str, tuple[tuple[object, ...], Plan]] = field(default_factory=dict)
@@ -366,7 +369,8 @@ class Site:
         """Yield the keys of all parts and endpoints that hosts have on a network."""
         for prefix in (f"members/{network}/", f"endpoints/{network}/"):
             for group in self.view.matching(prefix):
-                yield from (key for key in group if key.startswith(prefix))
+                # A copy: whoever looks may change the view between two keys.
+                yield from [key for key in group if key.startswith(prefix)]
 
     def desired(self) -> Plan:
         """Return the union of all plans of this host."""
@@ -374,12 +378,16 @@ class Site:
 
     def wanted(self) -> Mapping[Key, Op]:
         """Return the same by key."""
-        now = time.monotonic()
-        lingering = frozenset(h for h, end in self.lingering.items() if now < end)
-        basis = (self.view.turns, self.host, self.docker_bridges, lingering)
+        basis = self.basis()
         if self.latest[0] != basis:
             self.latest = (basis, ops.keyed(self.plans()))
         return self.latest[1]
+
+    def basis(self) -> object:
+        """Return what all plans follow from: while it is equal, so are they."""
+        now = time.monotonic()
+        lingering = frozenset(h for h, end in self.lingering.items() if now < end)
+        return (self.view.turns, self.host, self.docker_bridges, lingering)
 
     def let_go(self) -> None:
         """Keep no union of plans until it is asked for again: it can be large."""
@@ -387,9 +395,9 @@ class Site:
         self.sourced = {k: v for k, v in self.sourced.items() if self.view.seen(k)}
 
     def plans(self) -> Iterator[Plan]:
-        """Yield all plans of this host."""
+        """Yield all plans of this host; the view may change between two of them."""
         yield self.vtep_plan()
-        for member in self.members():
+        for member in list(self.members()):
             yield self.plan_less_vteps(member)
             yield from map(self.endpoint_plan, self.endpoints(member.network))
             if self.carries(member.network):

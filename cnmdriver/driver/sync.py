@@ -22,6 +22,7 @@ import structlog
 from cnmdriver.dockerapi import DockerApi, Inventory
 from cnmdriver.driver import claims
 from cnmdriver.driver.ipam import IpamDriver
+from cnmdriver.driver.looking import Look
 from cnmdriver.driver.network import NetworkDriver
 from cnmdriver.driver.site import Site
 from cnmdriver.errors import DriverError, StoreError
@@ -174,7 +175,7 @@ class Sync:
 
         Of many that come together one begins when another has ended.
         """
-        locks = self.networks.locks
+        locks = self.site.locks
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(CALM):
                 begun = -1
@@ -249,11 +250,9 @@ class Sync:
     async def look(self) -> ops.Difference:
         """Compare the kernel with the plans."""
         begin = time.monotonic()
-        found = await self.site.dataplane.found(self.site.desired())
-        # Asked for only now: a record is written before the kernel hears of it, so
-        # whatever was found has its record by this time, or is to go.
-        difference = ops.contrast(self.site.wanted(), found)
-        self.networks.remotes.seen(found)
+        look = Look(self.site)
+        difference = await look.difference()
+        self.networks.remotes.seen(look.found)
         if self.networks.sandboxes.underway:
             difference = ops.less(difference, self.networks.sandboxes.made_now())
         self.took += time.monotonic() - begin
@@ -353,9 +352,7 @@ class Sync:
             log.debug("docker.away", error=str(error))
             return
         doubts.end(have.networks)
-        lacking = {
-            name for name in doubts.names if not self.networks.locks.is_busy(name)
-        }
+        lacking = {name for name in doubts.names if not self.site.locks.is_busy(name)}
         for name in self.doubted.expired(lacking):
             log.warning("sync.network_gone", network=name[:12])
             await self.drop_network(name)

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Iterable
 from dataclasses import fields
 
+from cnmdriver.driver.looking import Look
 from cnmdriver.driver.site import Site
 from cnmdriver.insight.report import Json
 from cnmdriver.plan import ops
@@ -66,17 +67,11 @@ def plain(value: object) -> object:
 
 async def difference(site: Site) -> Difference:
     """Compare kernel and plans; what a call in progress makes is no difference."""
-    first = await look(site)
+    first = await Look(site).difference()
     if not first:
         return first
     await asyncio.sleep(PAUSE)
-    return ops.lasting(first, await look(site))
-
-
-async def look(site: Site) -> Difference:
-    """Compare once, with what is wanted when all is read."""
-    found = await site.dataplane.found(site.desired())
-    return ops.contrast(site.wanted(), found)
+    return ops.lasting(first, await Look(site).difference())
 
 
 async def diff(site: Site) -> Json:

@@ -566,14 +566,22 @@ def without(plan: Plan, kept: Iterable[Op]) -> Plan:
 class Difference:
     """What stands between the kernel and the plans."""
 
-    lacking: Plan
-    changed: tuple[tuple[Op, Op], ...]
+    lacking: Plan = ()
+    changed: tuple[tuple[Op, Op], ...] = ()
     """Pairs of wanted and found."""
-    surplus: Plan
+    surplus: Plan = ()
 
     def __bool__(self) -> bool:
         """Tell whether there is any difference."""
         return bool(self.lacking or self.changed or self.surplus)
+
+    def __add__(self, other: "Difference") -> "Difference":
+        """Return both: those of other objects."""
+        return Difference(
+            lacking=self.lacking + other.lacking,
+            changed=self.changed + other.changed,
+            surplus=self.surplus + other.surplus,
+        )
 
     def lines(self, *, surplus: bool = True) -> Iterator[str]:
         """Yield one line for each object: `+` lacks, `~` differs, `-` is too much."""
@@ -587,25 +595,26 @@ class Difference:
 
 def compare(wanted: Plan, found: Plan) -> Difference:
     """Compare all plans with all that is found; kept settings are never surplus."""
-    return contrast(keyed((wanted,)), found)
+    want, have = keyed((wanted,)), keyed((found,))
+    return contrast({**want, **have}, want, have)
 
 
-def contrast(want: Mapping[Key, Op], found: Plan) -> Difference:
-    """Compare what is wanted, by key, with all that is found."""
-    have = keyed((found,))
-    pairs = [(op, have.get(key)) for key, op in want.items()]
+def contrast(
+    keys: Iterable[Key], want: Mapping[Key, Op], have: Mapping[Key, Op]
+) -> Difference:
+    """Compare some objects as they are wanted, if they are, with as they are found."""
+    lacking, changed, surplus = [], [], []
+    for key in keys:
+        op, there = want.get(key), have.get(key)
+        if op is None:
+            if there is not None and not (isinstance(there, Sysctl) and there.keep):
+                surplus.append(there)
+        elif there is None:
+            lacking.append(op)
+        elif there != op and differing(op, there):
+            changed.append((op, there))
     return Difference(
-        lacking=tuple(op for op, there in pairs if there is None),
-        changed=tuple(
-            (op, there)
-            for op, there in pairs
-            if there is not None and there != op and differing(op, there)
-        ),
-        surplus=tuple(
-            op
-            for key, op in have.items()
-            if key not in want and not (isinstance(op, Sysctl) and op.keep)
-        ),
+        lacking=tuple(lacking), changed=tuple(changed), surplus=tuple(surplus)
     )
 
 

@@ -13,7 +13,8 @@ ANSWERS: dict[str, object] = {
     "Plugin.Activate": {"Implements": ["NetworkDriver"]},
     "NetworkDriver.GetCapabilities": {"Scope": "local", "ConnectivityScope": "local"},
     "NetworkDriver.CreateEndpoint": {"Interface": {}},
-    "NetworkDriver.Join": {"InterfaceName": {"SrcName": "", "DstPrefix": ""}},
+    # Else Docker makes a way out of its own, docker_gwbridge, with a pair it moves.
+    "NetworkDriver.Join": {"DisableGatewayService": True},
 }
 
 

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from cnmdriver.courtesy import Courtesy
 from cnmdriver.dataplane import monitor
 from cnmdriver.errors import Conflict, KernelError
 from cnmdriver.plan import devices
@@ -204,6 +205,31 @@ async def test_a_dump_while_entries_come_and_go(tmp_path):
                 assert wanted - set(found) == set()
                 assert len(found) == len(set(found))
         assert await one.lines(plan) == []
+
+
+async def test_changes_go_before_a_look(tmp_path, monkeypatch):
+    """Who changes the kernel while entries are read does not wait until they are."""
+    async with alone(tmp_path) as one:
+        net = overlay()
+        plan = one.plan(net, others=one.remote(net, *elsewhere(REMOTES)))
+        late = one.remote(net, *elsewhere(REMOTES + 1)[-1:])
+        await one.apply(plan)
+        stand_back = Courtesy.stand_back
+        begun, over = [], []
+
+        async def noted(courtesy):
+            if not begun:
+                begun.append(asyncio.ensure_future(one.apply(late)))
+                await asyncio.sleep(0)
+            await stand_back(courtesy)
+            over.append(begun[0].done())
+
+        monkeypatch.setattr(Courtesy, "stand_back", noted)
+        found = await one.found(plan)
+        assert all(over)
+        assert len(over) > REMOTES // 100
+        assert set(late) <= set(found)
+        assert await one.lines((*plan, *late)) == []
 
 
 async def test_many_dumps_at_once(kernel):
