@@ -46,6 +46,7 @@ from cnmdriver.plan.ops import (
     Vxlan,
     name,
 )
+from cnmdriver.settling import settled
 
 Entry = Fdb | Neighbour
 
@@ -288,8 +289,9 @@ class Reading:
         self._socket.send(_message(GET, REQUEST | DUMP, asked, body))
         whole = True
         while True:
-            # The kernel may walk through all entries for each of a bridge's ports.
-            data = await asyncio.to_thread(_received, self._socket, READING)
+            # The kernel can be at the deletion of a device, and takes its time.
+            wait = asyncio.to_thread(_received, self._socket, READING)
+            data = await settled(wait)
             for place, (kind, at, end) in enumerate(_messages(data)):
                 _, _, word, number, _ = MESSAGE.unpack_from(data, at)
                 if number != asked:

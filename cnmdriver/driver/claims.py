@@ -234,9 +234,11 @@ def choose(
 
     Raises Exhausted with the pool's name and counts.
     """
-    numbers = {int(r.ip) for r in reservation(draft, pool)}
+    held = records.addresses(pool.space, pool.cidr)
+    numbers = draft.values(held, number)
     numbers |= {int(ip) for ip in fixed(draft, pool)}
-    numbers |= spoken_for(draft, pool)
+    if pool.cidr.version == 4:
+        numbers |= draft.values(f"endpoints/{pool.network}/", spoken_for)
     if draft.alone:
         chosen = picker.pick(in_own_blocks(draft, pool, sub, host, numbers))
         if chosen is None:
@@ -341,13 +343,17 @@ def certain(view: View, pool: Pool, span: IPNetwork) -> bool:
     return 0 < view.seen(key) <= view.listed
 
 
-def spoken_for(draft: Draft, pool: Pool) -> set[int]:
-    """Return the IPv4 addresses whose MACs containers have chosen for themselves."""
-    if pool.cidr.version != 4:
-        return set()
-    endpoints = draft.all(Endpoint, f"endpoints/{pool.network}/")
-    macs = (e.mac.replace(":", "") for e in endpoints if e.user_mac)
-    return {int(mac[4:], 16) for mac in macs if mac.startswith("0242")}
+def number(record: object) -> tuple[int, ...]:
+    """Return the address that a reservation is of, as a number."""
+    return (int(record.ip),) if isinstance(record, Reservation) else ()
+
+
+def spoken_for(record: object) -> tuple[int, ...]:
+    """Return the IPv4 address, as a number, whose MAC a user chose for an endpoint."""
+    if not isinstance(record, Endpoint) or not record.user_mac:
+        return ()
+    mac = record.mac.replace(":", "")
+    return (int(mac[4:], 16),) if mac.startswith("0242") else ()
 
 
 def check_block(draft: Draft, pool: Pool, wish: Reservation) -> None:

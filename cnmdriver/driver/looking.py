@@ -16,7 +16,7 @@ from cnmdriver.plan import ops
 from cnmdriver.plan.ops import Difference, Key, Op, Plan
 
 PORTION: Final = 64
-"""So many plans or operations are worked on without a break: a millisecond or two."""
+"""So many plans or operations are worked on without a break: about a millisecond."""
 
 T = TypeVar("T")
 
@@ -30,14 +30,25 @@ class Look:
         self._courtesy = Courtesy(site.locks.idle)
         self.found: Plan = ()
         """What the kernel had, once compared."""
+        self.passed = False
+        """Whether anything was passed over that may differ."""
 
     async def difference(self) -> Difference:
-        """Read the kernel, and compare it with what is wanted by then."""
-        wanted = await self._wanted()
-        self.found = await self._site.dataplane.found(tuple(wanted.values()))
+        """
+        Read the kernel, and compare it with what is wanted by then.
+
+        What began or ceased to be wanted meanwhile may be read as it was or as it is,
+        and is passed over.
+        """
+        before = await self._wanted()
+        self.found = await self._site.dataplane.found(tuple(before.values()))
         # Asked for only now: a record is written before the kernel hears of it, so
         # whatever was found has its record by this time, or is to go.
-        return await self._contrast(await self._wanted())
+        now = await self._wanted()
+        difference = await self._contrast(now)
+        moving = {k for k in difference.amiss() if before.get(k) != now.get(k)}
+        self.passed = bool(moving)
+        return ops.less(difference, moving)
 
     async def _wanted(self) -> Mapping[Key, Op]:
         """Put all plans together; what changes meanwhile is as it was or as it is."""
@@ -56,10 +67,10 @@ class Look:
         async for plan in self._portions(self.found):
             have.update(ops.keyed((plan,)))
         surplus = (key for key in have if key not in want)
-        difference = ops.Difference()
-        async for keys in self._portions(chain(want, surplus)):
-            difference += ops.contrast(keys, want, have)
-        return difference
+        keys = chain(want, surplus)
+        return ops.together(
+            [ops.contrast(some, want, have) async for some in self._portions(keys)]
+        )
 
     async def _portions(self, things: Iterable[T]) -> AsyncIterator[tuple[T, ...]]:
         """Yield some at a time, and let others go first in between."""

@@ -11,7 +11,7 @@ is a Conflict, and removing what is gone is a success.
 """
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Interface, IPv6Address, IPv6Interface
@@ -49,7 +49,7 @@ from cnmdriver.plan.ops import Accept, Key
 from cnmdriver.plan.options import VNIS
 from cnmdriver.store import records
 from cnmdriver.store.records import Space
-from cnmdriver.store.view import Draft
+from cnmdriver.store.view import Draft, View
 
 log = structlog.get_logger()
 
@@ -196,7 +196,9 @@ class NetworkDriver:
         sandbox must be gone.
         """
         ours = {p.cidr for p in claims.pools_of(self.site.view, network.id)}
-        for other in rivals(endpoint, self.site.endpoints(network.id)):
+        for other in rivals(self.site.view, endpoint):
+            if other.host != endpoint.host:
+                continue
             shared = [a for a in endpoint.addresses if a in other.addresses]
             given_again = any(a.network not in ours for a in shared)
             # That one waits for none: it has its place, and so no rival.
@@ -250,8 +252,7 @@ class NetworkDriver:
                     f"endpoint {endpoint.id[:12]} exists with other addresses"
                 )
             return
-        others = draft.all(Endpoint, f"endpoints/{network.id}/")
-        for other in rivals(endpoint, others):
+        for other in rivals(draft.view, endpoint):
             self.check_distinct(draft, endpoint, other)
         for address in endpoint.addresses:
             self.bind_address(draft, network, endpoint, address)
@@ -591,21 +592,19 @@ class NetworkDriver:
         return options.gateway_of(chosen, mode) != "pynet"
 
 
-def rivals(one: Endpoint, others: Iterable[Endpoint]) -> list[Endpoint]:
-    """Return those of a network's other endpoints that have an address or MAC of it."""
-    # As numbers: addresses take longer to compare, and there can be many endpoints.
-    four = None if one.ipv4 is None else int(one.ipv4)
-    six = None if one.ipv6 is None else int(one.ipv6)
-    return [
-        other
-        for other in others
-        if other.id != one.id
-        and (
-            other.mac == one.mac
-            or (other.ipv4 is not None and int(other.ipv4) == four)
-            or (other.ipv6 is not None and int(other.ipv6) == six)
-        )
-    ]
+def rivals(view: View, one: Endpoint) -> list[Endpoint]:
+    """Return a network's other endpoints that have an address or MAC of one's."""
+    index = view.index(f"endpoints/{one.network}/", faces)
+    keys = frozenset().union(*map(index.find, faces(one)))
+    others = (view.get(Endpoint, key) for key in sorted(keys))
+    return [other for other in others if other is not None and other.id != one.id]
+
+
+def faces(record: object) -> tuple[Hashable, ...]:
+    """Return what no two endpoints of a network share: MAC and addresses."""
+    if not isinstance(record, Endpoint):
+        return ()
+    return (record.mac, *((a.version, int(a)) for a in record.addresses))
 
 
 def mac_taken(endpoint: Endpoint, owner: str) -> Conflict:

@@ -113,6 +113,8 @@ class Sandboxes:
 
     def made_now(self) -> frozenset[Key]:
         """Return the keys of all that calls are about to make."""
+        if not self.underway:
+            return frozenset()
         return frozenset(
             op.key
             for member in self.site.members()

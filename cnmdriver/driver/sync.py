@@ -42,7 +42,7 @@ SHARE = 0.2
 SOON = 0.3
 """Seconds, at least, between two comparisons for the kernel's sake."""
 LATER = 5.0
-"""The same, after changes that may have been our own."""
+"""Seconds until changes that may have been our own are compared, and others at most."""
 PAUSE = 2.0
 """Seconds before Docker is tried again when it did not answer."""
 DOUBT = 2.0
@@ -128,8 +128,8 @@ class Sync:
             return
         loop = asyncio.get_running_loop()
         share = self.took / SHARE
-        wait = max(LATER, share) if own else min(LATER, max(SOON, share))
-        due = max(self.ended + wait, loop.time() + SETTLE)
+        wait = share if own else min(LATER, max(SOON, share))
+        due = max(self.ended + wait, loop.time() + (LATER if own else SETTLE))
         if self.planned is not None:
             if self.planned.when() <= due:
                 return
@@ -250,11 +250,13 @@ class Sync:
     async def look(self) -> ops.Difference:
         """Compare the kernel with the plans."""
         begin = time.monotonic()
-        look = Look(self.site)
+        look, sandboxes = Look(self.site), self.networks.sandboxes
+        made = sandboxes.made_now()
         difference = await look.difference()
         self.networks.remotes.seen(look.found)
-        if self.networks.sandboxes.underway:
-            difference = ops.less(difference, self.networks.sandboxes.made_now())
+        difference = ops.less(difference, made | sandboxes.made_now())
+        if look.passed:
+            self.hear(own=True)
         self.took += time.monotonic() - begin
         return difference
 

@@ -12,7 +12,7 @@ object; any other difference is mended in place. A field that is None in a found
 operation is one the kernel does not show, and equals everything.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
@@ -566,22 +566,19 @@ def without(plan: Plan, kept: Iterable[Op]) -> Plan:
 class Difference:
     """What stands between the kernel and the plans."""
 
-    lacking: Plan = ()
-    changed: tuple[tuple[Op, Op], ...] = ()
+    lacking: Plan
+    changed: tuple[tuple[Op, Op], ...]
     """Pairs of wanted and found."""
-    surplus: Plan = ()
+    surplus: Plan
 
     def __bool__(self) -> bool:
         """Tell whether there is any difference."""
         return bool(self.lacking or self.changed or self.surplus)
 
-    def __add__(self, other: "Difference") -> "Difference":
-        """Return both: those of other objects."""
-        return Difference(
-            lacking=self.lacking + other.lacking,
-            changed=self.changed + other.changed,
-            surplus=self.surplus + other.surplus,
-        )
+    def amiss(self) -> frozenset[Key]:
+        """Return the key of each object."""
+        wanted = (op for op, _ in self.changed)
+        return frozenset(op.key for op in (*self.lacking, *wanted, *self.surplus))
 
     def lines(self, *, surplus: bool = True) -> Iterator[str]:
         """Yield one line for each object: `+` lacks, `~` differs, `-` is too much."""
@@ -618,6 +615,15 @@ def contrast(
     )
 
 
+def together(parts: Sequence[Difference]) -> Difference:
+    """Return what there is in any of some differences, of which each has its own."""
+    return Difference(
+        lacking=tuple(op for part in parts for op in part.lacking),
+        changed=tuple(pair for part in parts for pair in part.changed),
+        surplus=tuple(op for part in parts for op in part.surplus),
+    )
+
+
 def lasting(before: Difference, now: Difference) -> Difference:
     """Return what of a difference there was before, in whatever way."""
     amiss = {op.key for op in before.lacking} | {w.key for w, _ in before.changed}
@@ -630,11 +636,11 @@ def lasting(before: Difference, now: Difference) -> Difference:
 
 
 def less(difference: Difference, keys: Collection[Key]) -> Difference:
-    """Return a difference without what lacks, or differs, of some objects."""
+    """Return a difference without some objects."""
     return Difference(
         lacking=tuple(op for op in difference.lacking if op.key not in keys),
         changed=tuple(pair for pair in difference.changed if pair[0].key not in keys),
-        surplus=difference.surplus,
+        surplus=tuple(op for op in difference.surplus if op.key not in keys),
     )
 
 

@@ -11,10 +11,10 @@ networks it is in, stays in its view and is *missing*, until it is published aga
 
 import bisect
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import TypeVar
+from typing import Any, Generic, TypeVar
 
 from cnmdriver.errors import Conflict, StoreError
 from cnmdriver.model import Endpoint, Member, Network, Pool, Reservation, Vni
@@ -22,6 +22,7 @@ from cnmdriver.store import records
 from cnmdriver.store.base import Change, Item
 
 R = TypeVar("R")
+V = TypeVar("V", bound=Hashable)
 
 OF_THE_STORE = (
     *("cluster", "fence/", "kept/", "knocks/", "questions/", "answers/"),
@@ -68,6 +69,52 @@ class Feed:
             self.fresh.add(key)
 
 
+class Index(Generic[V]):
+    """Which keys of a group have a value: no search, however many there are."""
+
+    def __init__(self, values: Callable[[object], Iterable[V]]) -> None:
+        """Take what values a record has; know of none yet."""
+        self.values = values
+        self._keys: dict[V, str] = {}
+        self._more: dict[V, set[str]] = {}
+        """Further keys, of the few values that several have."""
+
+    def __iter__(self) -> Iterator[V]:
+        """Yield every value there is."""
+        return iter(self._keys)
+
+    def find(self, value: V) -> frozenset[str]:
+        """Return the keys of the records that have a value."""
+        key = self._keys.get(value)
+        if key is None:
+            return frozenset()
+        return frozenset((key, *self._more.get(value, ())))
+
+    def add(self, key: str, record: object) -> None:
+        """Take in a record."""
+        for value in self.values(record):
+            if self._keys.setdefault(value, key) != key:
+                self._more.setdefault(value, set()).add(key)
+
+    def change(self, key: str, before: object, now: object) -> None:
+        """Take in what a key's record was and is; None is none."""
+        self.drop(key, before)
+        self.add(key, now)
+
+    def drop(self, key: str, record: object) -> None:
+        """Take out a record."""
+        for value in self.values(record):
+            more = self._more.get(value, set())
+            if self._keys.get(value) != key:
+                more.discard(key)
+            elif more:
+                self._keys[value] = more.pop()
+            else:
+                del self._keys[value]
+            if not more:
+                self._more.pop(value, None)
+
+
 class View:
     """Records by key, and by group of keys."""
 
@@ -80,6 +127,8 @@ class View:
         self.groups: dict[str, dict[str, Known]] = {}
         self.order: dict[str, list[str]] = {}
         """Each group's keys, sorted."""
+        self.indexes: dict[str, dict[Callable[[object], Any], Index[Any]]] = {}
+        """Of each group those that were asked for."""
         self.written: dict[str, int] = {}
         self.malformed: dict[str, str] = {}
         self.newer: dict[str, int] = {}
@@ -109,9 +158,8 @@ class View:
     def all(self, kind: type[R], prefix: str) -> Iterator[R]:
         """Yield the records under a prefix that ends in a slash, in order of keys."""
         for name in self.names(prefix):
-            for known in self.in_order(name):
-                if isinstance(known.record, kind):
-                    yield known.record
+            found = [k.record for k in self.in_order(name)]
+            yield from (r for r in found if isinstance(r, kind))
 
     def in_order(self, name: str) -> list[Known]:
         """Return the records of a group, in order of keys."""
@@ -135,6 +183,18 @@ class View:
         if records.group(prefix) == prefix:
             return []
         return [name for name in sorted(self.groups) if name.startswith(prefix)]
+
+    def index(self, name: str, values: Callable[[object], Iterable[V]]) -> Index[V]:
+        """Return which keys of a group have a value; it follows what changes."""
+        group = self.groups.get(name)
+        if group is None:
+            return Index(values)
+        indexes = self.indexes.setdefault(name, {})
+        if values not in indexes:
+            made = indexes[values] = Index(values)
+            for key, known in group.items():
+                made.add(key, known.record)
+        return indexes[values]
 
     def seen(self, key: str) -> int:
         """Return the revision a key was last written at, 0 if it is absent."""
@@ -280,6 +340,9 @@ class View:
         """Put a record into its group, or take it out."""
         name = records.group(key)
         group = self.groups.get(name)
+        for index in self.indexes.get(name, {}).values():
+            before = group.get(key) if group is not None else None
+            index.change(key, before and before.record, known and known.record)
         if known is not None:
             if group is None:
                 group, self.order[name] = self.groups.setdefault(name, {}), []
@@ -291,6 +354,7 @@ class View:
             del order[bisect.bisect_left(order, key)]
             if not group:
                 del self.groups[name], self.order[name]
+                self.indexes.pop(name, None)
 
     def replace(
         self, items: Iterable[tuple[str, Item]], revision: int, *, rewound: bool = False
@@ -388,7 +452,22 @@ class Draft:
         The commit does not notice a new key there; whoever relies on absence must
         expect a key that every writer of the group changes.
         """
-        return [r for _, r in self.pairs(prefix) if isinstance(r, kind)]
+        if self.changed(prefix):
+            return [r for _, r in self.pairs(prefix) if isinstance(r, kind)]
+        return list(self.view.all(kind, prefix))
+
+    def values(self, name: str, values: Callable[[object], Iterable[V]]) -> set[V]:
+        """Return what values the records of a group have, own writes included."""
+        index = self.view.index(name, values)
+        found = set(index)
+        changed = self.changed(name)
+        for key in changed:
+            for value in values(self.view.get(object, key)):
+                if index.find(value) <= changed:
+                    found.discard(value)
+        for key in changed & self.puts.keys():
+            found.update(values(self.puts[key]))
+        return found
 
     def keys(self, prefix: str) -> list[str]:
         """Return the keys under a prefix, as `all` would."""
@@ -396,7 +475,7 @@ class Draft:
 
     def pairs(self, prefix: str) -> Iterable[tuple[str, object]]:
         """Return keys and records under a prefix, own writes included, in order."""
-        changed = {k for k in (*self.puts, *self.deletes) if k.startswith(prefix)}
+        changed = self.changed(prefix)
         if not changed:
             return self.view.pairs(prefix)
         merged = [p for p in self.view.pairs(prefix) if p[0] not in changed]
@@ -404,6 +483,10 @@ class Draft:
         # Cheap: but for the last few they are in order already.
         merged.sort(key=itemgetter(0))
         return merged
+
+    def changed(self, prefix: str) -> set[str]:
+        """Return the keys under a prefix that this draft writes."""
+        return {k for k in (*self.puts, *self.deletes) if k.startswith(prefix)}
 
     def put(self, key: str, record: object) -> None:
         """Write a record, expecting the key as it was seen."""

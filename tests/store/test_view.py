@@ -542,3 +542,65 @@ def test_what_ends_with_the_store(view):
     view.replace([], 1, rewound=True)
     assert sorted(view.groups) == ["alive/", "hosts/"]
     assert view.missing == {"alive/a", "hosts/a", "hosts/b"}
+
+
+# Indexes.
+
+
+def traits(record: object) -> tuple[str, ...]:
+    """Return what a host is found by in these tests: its letters, and its version."""
+    if not isinstance(record, Host):
+        return ()
+    return tuple({*record.name, record.version})
+
+
+WRITES = st.lists(
+    st.tuples(
+        st.sampled_from(["ab", "bc", "ca", "d"]),
+        st.sampled_from(["1", "2", None]),
+    ),
+    max_size=40,
+)
+
+
+@given(before=WRITES, after=WRITES)
+def test_an_index_follows_the_view(before, after):
+    """Whatever is written and deleted, also until nothing is left."""
+    view = View()
+    for revision, (name, version) in enumerate([*before, *after], 1):
+        if revision == len(before):
+            view.index("hosts/", traits)
+        write(view, f"hosts/{name}", version and host(name, version=version), revision)
+    index = view.index("hosts/", traits)
+    there = dict(view.pairs("hosts/"))
+    every = {value for record in there.values() for value in traits(record)}
+    assert set(index) == every
+    for value in (*every, "x"):
+        assert index.find(value) == {k for k, r in there.items() if value in traits(r)}
+
+
+@given(before=WRITES, after=WRITES)
+def test_values_of_a_draft(before, after):
+    """They are of what is there and of what the draft writes, and of nothing else."""
+    view = View()
+    for revision, (name, version) in enumerate(before, 1):
+        key = f"hosts/{name}"
+        write(view, key, version and host(name, version=version), revision)
+    draft = Draft(view)
+    for name, version in after:
+        if version is None:
+            draft.delete(f"hosts/{name}")
+        else:
+            draft.put(f"hosts/{name}", host(name, version=version))
+    there = draft.all(Host, "hosts/")
+    assert draft.values("hosts/", traits) == {v for r in there for v in traits(r)}
+
+
+def test_an_index_ends_with_its_group(view):
+    """Nothing is kept of groups that are gone, nor of those that never were."""
+    view.index("hosts/", traits)
+    view.index("members/n1/", traits)
+    assert list(view.indexes) == ["hosts/"]
+    write(view, "hosts/a", None, 6)
+    write(view, "hosts/b", None, 7)
+    assert view.indexes == {}

@@ -9,7 +9,7 @@ from cnmdriver.courtesy import Courtesy
 from cnmdriver.driver import looking
 from cnmdriver.driver.looking import Look
 from cnmdriver.plan import ops
-from cnmdriver.plan.ops import Sysctl
+from cnmdriver.plan.ops import Sysctl, Veth
 from tests.fakes import FakeKernel, rig
 from tests.unit.calls import Docker
 
@@ -60,6 +60,29 @@ async def test_a_look_finds_what_a_comparison_does(parts, docker):
     assert found == difference(parts)
     assert set(found.lacking) == set(others)
     assert found.surplus == ()
+
+
+async def test_what_moves_is_passed_over(parts, docker):
+    """What is no more wanted as it was when the look began is the next one's."""
+    lost = next(op for op in parts.kernel.ops.values() if isinstance(op, Veth))
+    del parts.kernel.ops[lost.key]
+    found = parts.kernel.found
+
+    async def moved(wanted=()):
+        held = await found(wanted)
+        await docker.stop(BOXES[1])
+        await docker.start("late" * 15, RED)
+        return held
+
+    parts.kernel.found = moved
+    look = Look(parts.site)
+    difference = await look.difference()
+    assert look.passed
+    assert list(difference.amiss()) == [lost.key]
+    parts.kernel.found = found
+    look = Look(parts.site)
+    assert list((await look.difference()).amiss()) == [lost.key]
+    assert not look.passed
 
 
 async def test_calls_go_first(parts, docker):

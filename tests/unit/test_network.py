@@ -26,6 +26,7 @@ from cnmdriver.model import (
 from cnmdriver.plan import devices, ops
 from cnmdriver.plan.ops import Address, Bridge, Element, Sysctl, Veth
 from cnmdriver.store import records
+from cnmdriver.store.view import View
 from tests.fakes import FakeKernel, rig
 from tests.unit.calls import Docker, families, port
 
@@ -964,3 +965,28 @@ async def test_exhausted_networks_leave_nothing(docker):
     with pytest.raises(Exhausted):
         await docker.start("two", RED)
     assert everything(docker) == before
+
+
+async def test_a_container_costs_no_more_beside_many(docker, monkeypatch):
+    """What is looked at for one that comes and goes does not grow with the others."""
+    await docker.create(RED, "10.1.0.0/16")
+    looked = []
+    in_order = View.in_order
+
+    def counted(view, name):
+        found = in_order(view, name)
+        looked.extend(found)
+        return found
+
+    monkeypatch.setattr(View, "in_order", counted)
+    took = []
+    for many in (3, 60):
+        for number in range(len(docker.boxes), many):
+            await docker.start(f"{number:064}", RED)
+        await docker.start("last" * 16, RED)
+        await docker.stop("last" * 16)
+        looked.clear()
+        await docker.start("next" * 16, RED)
+        await docker.stop("next" * 16)
+        took.append(len(looked))
+    assert took[0] == took[1]

@@ -878,7 +878,7 @@ async def test_what_a_look_may_have_missed(parts, docker, sync, own, again):
 
     parts.kernel.found = disturbed
     async with running(sync.run()):
-        sync.hear(True)
+        sync.hear(False)
         assert sync.planned is not None
         await until(lambda: sync.ended)
         due = sync.planned.when()
@@ -899,8 +899,49 @@ async def test_looks_that_take_long_are_rare(sync):
     for took, wait in ((0.1, 5.0), (3.0, 15.0)):
         sync.took, sync.planned = took, None
         sync.hear(True)
-        assert sync.planned.when() - sync.ended == pytest.approx(wait)
+        assert sync.planned.when() - sync.ended == pytest.approx(wait, abs=0.1)
         sync.planned.cancel()
+
+
+async def test_a_burst_of_our_own_is_looked_at_when_it_is_over(sync):
+    """However long nothing was looked at; what others change does not wait for that."""
+    loop = asyncio.get_running_loop()
+    sync.ended = loop.time() - 1000
+    sync.hear(True)
+    first = sync.planned.when()
+    assert first - loop.time() == pytest.approx(5.0, abs=0.1)
+    sync.hear(True)
+    assert sync.planned.when() == first
+    sync.hear(False)
+    assert sync.planned.when() - loop.time() == pytest.approx(0.2, abs=0.1)
+    sync.planned.cancel()
+
+
+async def test_what_moves_amid_a_look_is_no_difference(parts, docker, sync):
+    """It is not mended, nor looked at twice; another look is planned for it."""
+    await docker.create(RED, "10.1.0.0/24")
+    await docker.start(BOX, RED)
+    sync.settle = 0.01
+    looks = []
+    found = parts.kernel.found
+
+    async def moved(wanted: Plan = ()) -> Plan:
+        looks.append(1)
+        held = await found(wanted)
+        if len(looks) == 1:
+            await docker.stop(BOX)
+            await docker.start(OTHER, RED)
+        return held
+
+    parts.kernel.found = moved
+    with structlog.testing.capture_logs() as logs:
+        await sync.turn()
+    assert len(looks) == 1
+    assert logs == []
+    assert sync.planned.when() - asyncio.get_running_loop().time() > 4
+    sync.planned.cancel()
+    await sync.turn()
+    assert len(looks) == 2
 
 
 async def test_a_turn_that_fails(parts, docker, sync):
