@@ -439,13 +439,14 @@ class Sync:
 
     def learn(self, inventory: Inventory) -> None:
         """Take in what Docker has."""
+        # What was in use as far as could be told may be so no more.
+        told = self.inventory is None and bool(self.orphans)
         self.inventory = inventory
         self.site.names = inventory.names
         bridges = self.site.docker_bridges
         always = {"docker0", "docker_gwbridge"}
         self.site.docker_bridges = frozenset(inventory.bridges | always)
-        changed = self.site.docker_bridges != bridges
-        if changed:
+        if told or self.site.docker_bridges != bridges:
             self.wake()
         elif self.missing.since or self.stale(inventory):
             self.tidy()

@@ -246,6 +246,8 @@ def check_hit(world: World, step: Step, action: str) -> None:
 
 def check_whole(world: World) -> None:
     """Fail unless all that Docker has is there, no address twice, and the kernel so."""
+    # A daemon that was killed leaves what is gone once Docker's list is known.
+    eventually(lambda: world.admin.get("diff")["lines"] == [], PATIENCE)
     assert world.admin.get("diff")["lines"] == []
     found = world.look()
     assert {n["id"] for n in found["networks"]} >= set(world.docker.nets)

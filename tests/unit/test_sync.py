@@ -515,9 +515,14 @@ async def test_a_pair_docker_lacks_goes(parts, docker, sync):
     await forget(parts, "")
     await sync.turn()
     assert len(sync.orphans) == 1
+    # Its first list says whether what was in use still is, and is asked that at once.
     sync.learn(inventory(docker, without=(BOX,)))
+    assert sync.curious
     await sync.turn()
     assert parts.kernel.left == []
+    sync.curious = False
+    sync.learn(inventory(docker, without=(BOX,)))
+    assert not sync.curious
     assert sync.orphans == ()
 
 
