@@ -108,7 +108,8 @@ def crowded(context: Context, hosts: int = 1) -> Iterator[list[Docker]]:
     yield [Docker(host) for host in lab.hosts]
 
 
-POOL = "10.64.0.0/16"
+FEW, HERE = "one on another host", "there"
+POOL, OTHER = "10.64.0.0/16", "10.66.0.0/16"
 
 
 @row(quick=False)
@@ -116,19 +117,27 @@ def crowd(context: Context) -> list[Line]:
     """
     Measure connect beside many endpoints, the daemon's memory, and its recovery.
 
-    The endpoints are played: a thousand containers would measure the machine.
+    The endpoints are played: a thousand containers would measure the machine. Connects
+    are in turns with those on another host, which has one endpoint.
     """
-    connect = Line(name="connect, n endpoints on the network", target="≤ 1.1")
+    some, many = (
+        Line(name=f"connect beside {beside}", against=FEW, target="≤ 1.1")
+        for beside in ("100", "900, and 10,000 on others")
+    )
     memory = Line(name="daemon's memory", unit="MB", target="≤ 75; + 20; + 40")
     back = Line(name="recovery", unit="s", target="intact ≤ 1.5, empty ≤ 15")
-    with crowded(context) as (docker,):
+    with crowded(context, 2) as (docker, quiet):
         memory.add("etcd, idle", resident(docker) / 1024)
-        with docker.network("pynet", POOL, ipam="pynet", gateway="pynet") as network:
+        with (
+            docker.network("pynet", POOL, ipam="pynet", gateway="pynet") as network,
+            quiet.network("pynet", OTHER, ipam="pynet", gateway="pynet") as empty,
+        ):
             guests = Crowd(docker, network)
-            with docker.container() as guest:
-                for size in (1, 100):
-                    guests.grow(size)
-                    connects(docker, guest, network, connect, f"{size}", context)
+            Played(quiet.host).join(empty, f"pynet-local/{OTHER}")
+            with docker.container() as guest, quiet.container() as lonely:
+                places = {FEW: (quiet, lonely, empty), HERE: (docker, guest, network)}
+                guests.grow(100)
+                connects(places, some, context)
                 guests.grow(500)
                 memory.add("500 local", resident(docker) / 1024)
                 other = far_away(docker, 10_000)
@@ -137,14 +146,10 @@ def crowd(context: Context) -> list[Line]:
                     recover(docker, back, column)
                 if not back.note:
                     guests.grow(900)
-                    # What they leave to compare is no part of the next one's time.
-                    time.sleep(10)
-                    column = "900, 10,000 on others"
-                    connects(docker, guest, network, connect, column, context)
+                    connects(places, many, context)
             docker.ask("DELETE", f"/networks/{other}")
     context.start_over()
-    connect.against = "1"
-    return [connect, memory, back]
+    return [some, many, memory, back]
 
 
 class Crowd:
@@ -184,17 +189,19 @@ def endpoints_known(docker: Docker) -> int:
 
 
 def connects(
-    docker: Docker, guest: str, network: str, line: Line, column: str, context: Context
+    places: dict[str, tuple[Docker, str, str]], line: Line, context: Context
 ) -> None:
-    """Measure connecting beside what is there."""
+    """Measure connecting a container to a network of a host, in turns."""
+    # What those that came leave to compare is no part of the next one's time.
+    time.sleep(15)
     for turn in range(-1, context.rounds):
-        begin = time.perf_counter()
-        docker.connect(guest, network)
-        took = (time.perf_counter() - begin) * 1000
-        if turn >= 0:
-            line.add(column, took)
-        docker.disconnect(guest, network)
-        time.sleep(0.05)
+        for column, (docker, guest, network) in places.items():
+            with line.timed(column):
+                docker.connect(guest, network)
+            docker.disconnect(guest, network)
+            time.sleep(0.1)
+        if turn < 0:
+            line.columns.clear()
 
 
 def recover(docker: Docker, line: Line, column: str) -> None:
