@@ -30,8 +30,8 @@ class Look:
         self._courtesy = Courtesy(site.locks.idle)
         self.found: Plan = ()
         """What the kernel had, once compared."""
-        self.passed = False
-        """Whether anything was passed over that may differ."""
+        self.passed_over = False
+        """Whether anything differed that was passed over."""
 
     async def difference(self) -> Difference:
         """
@@ -47,7 +47,7 @@ class Look:
         now = await self._wanted()
         difference = await self._contrast(now)
         moving = {k for k in difference.amiss() if before.get(k) != now.get(k)}
-        self.passed = bool(moving)
+        self.passed_over = bool(moving)
         return ops.less(difference, moving)
 
     async def _wanted(self) -> Mapping[Key, Op]:

@@ -255,7 +255,7 @@ class Sync:
         difference = await look.difference()
         self.networks.remotes.seen(look.found)
         difference = ops.less(difference, made | sandboxes.made_now())
-        if look.passed:
+        if look.passed_over:
             self.hear(own=True)
         self.took += time.monotonic() - begin
         return difference

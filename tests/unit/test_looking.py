@@ -77,12 +77,12 @@ async def test_what_moves_is_passed_over(parts, docker):
     parts.kernel.found = moved
     look = Look(parts.site)
     difference = await look.difference()
-    assert look.passed
+    assert look.passed_over
     assert list(difference.amiss()) == [lost.key]
     parts.kernel.found = found
     look = Look(parts.site)
     assert list((await look.difference()).amiss()) == [lost.key]
-    assert not look.passed
+    assert not look.passed_over
 
 
 async def test_calls_go_first(parts, docker):
