@@ -30,6 +30,7 @@ from collections.abc import (
 )
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
+from functools import partial
 from importlib import metadata
 from ipaddress import ip_address
 from pathlib import Path
@@ -50,7 +51,13 @@ from cnmdriver.driver.network import NetworkDriver
 from cnmdriver.driver.questions import Questions
 from cnmdriver.driver.site import Site
 from cnmdriver.driver.sync import Sync
-from cnmdriver.errors import DriverError, InvalidParameter, StoreError
+from cnmdriver.errors import (
+    Conflict,
+    DriverError,
+    InvalidParameter,
+    KernelError,
+    StoreError,
+)
 from cnmdriver.insight.events import Events
 from cnmdriver.insight.trace import answer
 from cnmdriver.insight.watching import Watching
@@ -81,7 +88,7 @@ WELCOME = 0.7
 RESOLVING = 0.5
 """Seconds for the names of the store's members."""
 RETRY = 1.0
-"""Seconds before a shared store is tried again."""
+"""Seconds before what the store or the kernel refused is tried again."""
 LIVE = ("log_level", "default_pools")
 """Settings that a daemon takes anew at a SIGHUP; the others need a restart."""
 
@@ -92,6 +99,10 @@ class NoAddressError(DriverError):
     """There is no address for tunnels on this host yet, as early in a boot."""
 
 
+PASSING = (NoAddressError, KernelError)
+"""What may be better a moment later."""
+
+Work = Callable[[], Coroutine[None, None, None]]
 Reread = Callable[[], Settings]
 """Reads the settings again from where they came; raises InvalidParameter."""
 
@@ -110,7 +121,7 @@ def run(settings: Settings, reread: Reread | None = None) -> int:
     except* DriverError as errors:
         for error in single(errors):
             # What may be another time can be tried again, by the unit for instance.
-            code = max(code, LATER if isinstance(error, NoAddressError) else BUSY)
+            code = max(code, LATER if isinstance(error, PASSING) else BUSY)
             print(f"pynet: {error}", file=sys.stderr)  # noqa: T201
     return code
 
@@ -340,13 +351,16 @@ class Daemon:
                 await self.site.state.open()
                 await hosts.publish()
                 self.joined.set()
-            except StoreError as error:
-                if self.site.state.away is None:
-                    self.site.state.suspect(error)
-                await asyncio.sleep(RETRY)
-            except DriverError:
+            except Conflict:
                 await session.leave()
                 raise
+            except DriverError as error:
+                if not isinstance(error, StoreError):
+                    # The kernel did not say by which address the others reach us.
+                    log.warning("daemon.not_joined", error=str(error))
+                elif self.site.state.away is None:
+                    self.site.state.suspect(error)
+                await asyncio.sleep(RETRY)
 
     async def joined_soon(self) -> None:
         """Wait a moment for the store, and no longer: nobody waits for it."""
@@ -404,21 +418,38 @@ class Daemon:
     async def until(
         self, stop: asyncio.Event, *more: Coroutine[None, None, None]
     ) -> None:
-        """Run the loops until the event; if one fails, all end and the daemon too."""
+        """
+        Run the loops until the event; if one fails, all end and the daemon too.
+
+        One that the store or the kernel refused something has not failed.
+        """
         async with asyncio.TaskGroup() as group:
-            works = [
-                *more,
-                self.sync.run(),
-                self.sync.listen(self.site.driver),
-                self.sync.watch(),
-                self.remotes.run(),
+            works: list[Work] = [
+                self.sync.run,
+                partial(self.sync.listen, self.site.driver),
+                self.sync.watch,
+                self.remotes.run,
             ]
             if self.hosts is not None:
-                works.append(self.serve_cluster(self.hosts))
-            loops = [group.create_task(work) for work in works]
+                works.append(partial(self.serve_cluster, self.hosts))
+            loops = [
+                group.create_task(work) for work in (*more, *map(persistently, works))
+            ]
             await stop.wait()
             for task in loops:
                 task.cancel()
+
+
+async def persistently(loop: Work) -> None:
+    """Run a loop until it ends; what it was refused begins it anew after a moment."""
+    while True:
+        try:
+            await loop()
+            return
+        except* DriverError as errors:
+            for error in single(errors):
+                log.error("daemon.loop_refused", error=str(error))
+        await asyncio.sleep(RETRY)
 
 
 def watching_for(settings: Settings, journal: Journal) -> Watching:

@@ -459,16 +459,17 @@ class Kernel:
             heard()
         if where != HOST and now is None:
             return
+        ear = Ear(where, now)
         async with self._lock:
-            place = self._host if where == HOST else await self._places.get(where)
-            if place is None:
-                return
-            ear = Ear(where, now)
             try:
+                place = self._host if where == HOST else await self._places.get(where)
+                if place is None:
+                    return
                 await ear.open(place.inside)
                 ear.indexes = {link.index for link in await place.netlink.links(GROUP)}
             except (OSError, KernelError) as error:
                 log.warning("kernel.no_news", where=where, error=str(error))
+                ear.close()
                 return
         ears[where] = ear
         ear.listen(heard)

@@ -465,6 +465,8 @@ class State:
             self.view.foresee(key, change.puts.get(key))
         self.behind = True
         self.unkept.set()
+        # The store may have come back since it was found away: who follows it looks.
+        self.doubt()
 
     async def save(self) -> None:
         """Write into the outbox what could not be written there before."""

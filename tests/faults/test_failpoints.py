@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from cnmdriver.cli.client import ClientError
 from cnmdriver.errors import DriverError
 from tests.dockerd.tools import eventually
 from tests.faults.failpoint_world import KILLED, PATIENCE, SOON, World, differing
@@ -275,7 +276,7 @@ async def test_each_step(name, action, make_lab):
         for step in steps:
             try:
                 await play(world, story, step, action)
-            except (AssertionError, DriverError) as error:
+            except (AssertionError, DriverError, ClientError) as error:
                 words = f"{action} at {step}: {error}\n{world.daemon.log()[-5000:]}"
                 raise AssertionError(words) from error
         await story.do(world)

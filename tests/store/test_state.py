@@ -650,6 +650,18 @@ async def test_a_deferral_that_is_cancelled(one):
     assert await one.local.pending() == []
 
 
+async def test_a_deferral_that_lasts_longer_than_the_absence(one):
+    """What goes to the outbox as the store is back already is written at once."""
+    async with following(one):
+        await until(lambda: one.store.starts)
+        change = Change(puts={"members/n/h": records.encode(MEMBER)})
+        await one.state.defer(change, must=True)
+        assert one.state.away is None
+        await until(lambda: not one.state.behind)
+    assert await one.keys() == ["members/n/h"]
+    assert await one.local.pending() == []
+
+
 def test_endpoints_go_first_and_come_last():
     """Of many words, endpoints that go are told first, and those that come last."""
     ahead = {f"endpoints/n/new{n}": Word(b"x") for n in range(state.BATCH)}

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
@@ -18,12 +18,13 @@ import structlog
 
 from cnmdriver import daemon, listening
 from cnmdriver.daemon import Daemon
-from cnmdriver.errors import InvalidParameter, StoreError
+from cnmdriver.driver.hosts import Hosts
+from cnmdriver.errors import Conflict, InvalidParameter, KernelError, StoreError
 from cnmdriver.logs import Journal, Repeats
 from cnmdriver.settings import Settings
 from cnmdriver.store.etcd.store import EtcdStore
 from cnmdriver.store.sqlite import SqliteStore
-from tests.fakes import rig
+from tests.fakes import cluster, rig
 from tests.unit.calls import Docker
 
 SECOND = """
@@ -382,3 +383,96 @@ async def test_a_loop_that_fails_ends_all(short):
             async with asyncio.timeout(5):
                 await whole.until(asyncio.Event())
         assert failed.group_contains(ZeroDivisionError)
+
+
+@pytest.mark.parametrize("together", [False, True])
+async def test_a_loop_that_is_refused_begins_anew(short, monkeypatch, together):
+    """What the store or the kernel refuses a loop ends neither it nor the daemon."""
+    monkeypatch.setattr(daemon, "RETRY", 0.01)
+    async with rig(short) as parts:
+        whole = Daemon(settings(short), parts.site)
+        begun, stop = 0, asyncio.Event()
+
+        async def refused() -> None:
+            nonlocal begun
+            begun += 1
+            if begun == 1:
+                raise KernelError("the kernel did not answer within 2 s")
+            stop.set()
+            await asyncio.sleep(60)
+
+        async def among_others() -> None:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(refused())
+                group.create_task(asyncio.sleep(60))
+
+        whole.sync.watch = among_others if together else refused
+        async with asyncio.timeout(5):
+            await whole.until(stop)
+        assert begun == 2
+
+
+class Seat:
+    """A session that notes whether its place was given up."""
+
+    hidden = left = False
+
+    async def leave(self) -> None:
+        """Give it up."""
+        self.left = True
+
+
+async def joining(short: Path, *errors: Exception) -> tuple[Daemon, Seat]:
+    """Join a cluster, which is refused at first."""
+    seat, refusals = Seat(), list(errors)
+    async with cluster(short, 1) as (parts,), asyncio.timeout(5):
+        hosts = Hosts(parts.site, "192.0.2.1")
+        publish = hosts.publish
+
+        async def opened() -> None:
+            pass
+
+        async def published() -> bool:
+            if refusals:
+                raise refusals.pop(0)
+            return await publish()
+
+        parts.state.store.open, hosts.publish = opened, published
+        whole = Daemon(settings(short), parts.site, hosts=hosts)
+        with suppress(Conflict):
+            await whole.join(seat, hosts)
+    assert refusals == []
+    return whole, seat
+
+
+async def test_a_place_that_is_taken_later(short, monkeypatch):
+    """What keeps a host from its place for a moment does not end the daemon."""
+    monkeypatch.setattr(daemon, "RETRY", 0.01)
+    whole, seat = await joining(
+        short,
+        KernelError("the kernel did not answer within 2 s"),
+        InvalidParameter("no address for tunnels was found"),
+        StoreError("the store is away"),
+    )
+    assert whole.joined.is_set()
+    assert not seat.left
+
+
+async def test_a_place_that_is_another_s(short):
+    """A host that cannot be in the cluster gives up its place at once."""
+    whole, seat = await joining(short, Conflict("another host is called 'h1'"))
+    assert not whole.joined.is_set()
+    assert seat.left
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(KernelError("too slow"), 1), (StoreError("broken"), 2)]
+)
+def test_what_may_be_better_later(name, short, monkeypatch, error, code):
+    """The exit code tells the unit whether the same start may succeed a moment later."""
+
+    async def refused(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(daemon, "open_host", refused)
+    assert daemon.run(settings(short)) == code
