@@ -24,6 +24,8 @@ LATE = 3.0
 SILENT = 10.0
 """Seconds after which a stream that does not go on counts as broken."""
 CHUNK = 1024
+NUMBERED = 1 << 16
+"""Sequence numbers that there are: they begin anew after eleven minutes."""
 NUMBERS = itertools.count(os.getpid())
 KINDS = {socket.AF_INET: (8, 0), socket.AF_INET6: (128, 129)}
 """Echo request and echo reply (RFC 792, RFC 4443)."""
@@ -85,7 +87,7 @@ class Pings:
                 self._hear(time.monotonic() + left)
 
     def _request(self, number: int) -> bytes:
-        rest = struct.pack("!HH", self.identity, number)
+        rest = struct.pack("!HH", self.identity, number % NUMBERED)
         kind, _ = KINDS[self.family]
         # Of ICMPv6 the kernel computes the checksum.
         total = checksum(struct.pack("!BBH", kind, 0, 0) + rest)
@@ -102,6 +104,8 @@ class Pings:
                 data = data[(data[0] & 0xF) * 4 :]
             kind, _, _, identity, number = struct.unpack("!BBHHH", data[:8])
             if (kind, identity) == (KINDS[self.family][1], self.identity):
+                # The latest that was sent by that number.
+                number = self.sent - 1 - (self.sent - 1 - number) % NUMBERED
                 self.heard[number] = self.heard.get(number, 0) + 1
 
 
