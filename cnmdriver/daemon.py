@@ -81,6 +81,8 @@ BUSY = 2
 """Exit code for settings that cannot work, and for a second daemon."""
 LATER = 1
 """Exit code for what the same settings may do a moment later."""
+LINGER = 0.5
+"""Seconds in which what a killed daemon had just forked lets go of that."""
 PATIENCE = 20.0
 """Seconds to wait at start for an embedded store that another process still has."""
 WELCOME = 0.7
@@ -668,15 +670,25 @@ def only_one() -> Iterator[None]:
 
     An abstract socket: such names are per namespace and vanish with the process.
     """
+    latest = time.monotonic() + LINGER
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as holder:
-        try:
-            holder.bind(NAME)
-        except OSError:
-            raise InvalidParameter(
-                f"pynet is running here already (pid {owner()}); stop it first"
-            ) from None
+        while not is_bound(holder):
+            if time.monotonic() > latest:
+                raise InvalidParameter(
+                    f"pynet is running here already (pid {owner()}); stop it first"
+                )
+            time.sleep(0.02)
         holder.listen(1)
         yield
+
+
+def is_bound(holder: socket.socket) -> bool:
+    """Try to take the name of the one daemon; tell whether that is held now."""
+    try:
+        holder.bind(NAME)
+    except OSError:
+        return False
+    return True
 
 
 def owner() -> str:

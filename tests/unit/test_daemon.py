@@ -6,8 +6,10 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
@@ -106,6 +108,15 @@ def test_one_after_another(name):
         raise ZeroDivisionError
     with daemon.only_one():
         pass
+
+
+def test_a_killed_daemon_that_was_forking(name):
+    """A name that a dying process still holds is waited for, for a moment."""
+    with ThreadPoolExecutor(1) as pool, ExitStack() as first:
+        first.enter_context(daemon.only_one())
+        pool.submit(lambda: (time.sleep(0.1), first.close()))
+        with daemon.only_one():
+            pass
 
 
 def test_nobody_to_ask(name):
