@@ -34,6 +34,7 @@ from functools import partial
 from importlib import metadata
 from ipaddress import ip_address
 from pathlib import Path
+from typing import TypeVar
 
 import structlog
 from structlog.typing import Processor
@@ -101,6 +102,8 @@ class NoAddressError(DriverError):
     """There is no address for tunnels on this host yet, as early in a boot."""
 
 
+E = TypeVar("E", bound=Exception)
+
 PASSING = (NoAddressError, KernelError)
 """What may be better a moment later."""
 
@@ -128,7 +131,7 @@ def run(settings: Settings, reread: Reread | None = None) -> int:
     return code
 
 
-def single(errors: ExceptionGroup[DriverError]) -> Iterator[DriverError]:
+def single(errors: ExceptionGroup[E]) -> Iterator[E]:
     """Yield the errors of a group, and of groups in it."""
     for error in errors.exceptions:
         if isinstance(error, ExceptionGroup):
@@ -448,7 +451,7 @@ async def persistently(loop: Work) -> None:
         try:
             await loop()
             return
-        except* DriverError as errors:
+        except* (DriverError, OSError) as errors:
             for error in single(errors):
                 log.error("daemon.loop_refused", error=str(error))
         await asyncio.sleep(RETRY)

@@ -63,12 +63,12 @@ class Notifier:
         """Send a message; one that nobody takes is logged and no error."""
         if not self.address:
             return
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-            sender.settimeout(LIMIT)
-            try:
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+                sender.settimeout(LIMIT)
                 sender.sendto("\n".join(lines).encode(), self.address)
-            except OSError as error:
-                log.warning("service.not_told", said=lines[0], error=str(error))
+        except OSError as error:
+            log.warning("service.not_told", said=lines[0], error=str(error))
 
 
 def watchdog(environment: Mapping[str, str]) -> float:

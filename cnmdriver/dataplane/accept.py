@@ -15,6 +15,7 @@ import os
 import shlex
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -118,7 +119,7 @@ class Accepts:
 async def _rules(tool: str) -> Rules:
     """Read what the filter table of a tool has."""
     text = await _run(tool, "-S")
-    lines = [tuple(shlex.split(line)) for line in text.splitlines()]
+    lines = [_words(line) for line in text.splitlines()]
     jumps = [
         line
         for line in lines
@@ -221,7 +222,8 @@ async def _run(tool: str, *words: str, text: str = "") -> str:
         async with asyncio.timeout(BOUND):
             out, err = await process.communicate(text.encode())
     except TimeoutError as error:
-        process.kill()
+        with suppress(ProcessLookupError):
+            process.kill()
         await process.wait()
         raise KernelError(
             f"{what} failed: it took more than {BOUND:g} s; look for a process that "
@@ -230,6 +232,14 @@ async def _run(tool: str, *words: str, text: str = "") -> str:
     if process.returncode != 0:
         raise KernelError(f"{what} failed: {_said(err)}")
     return out.decode(errors="replace")
+
+
+def _words(line: str) -> tuple[str, ...]:
+    """Read a line; one of a rule whose comment goes on in the next is none of ours."""
+    try:
+        return tuple(shlex.split(line))
+    except ValueError:
+        return ()
 
 
 def _said(error: bytes) -> str:

@@ -52,7 +52,7 @@ Entry = Fdb | Neighbour
 
 TOGETHER = 128
 """How many go in one send; in a millisecond at most others get their turn."""
-READING = "reading the entries"
+READING, CHANGING = "reading the entries", "changing entries"
 BUFFER = 1_048_576
 """Room for the answers if each of them fails."""
 
@@ -258,12 +258,11 @@ class Reading:
         for some in _portions(rest):
             asked = dict(zip(some, self._numbers, strict=False))
             left = set(asked.values())
-            self._socket.send(
-                b"".join(
-                    _message(GET, REQUEST, number, _question(op, at[op.device]))
-                    for op, number in asked.items()
-                )
+            questions = (
+                _message(GET, REQUEST, number, _question(op, at[op.device]))
+                for op, number in asked.items()
             )
+            _sent(self._socket, READING, b"".join(questions))
             while left:
                 data = _received(self._socket, READING)
                 for kind, place, end in _messages(data):
@@ -286,7 +285,7 @@ class Reading:
         """Read all entries of a family; tell whether they are of one moment."""
         asked = next(self._numbers)
         body = BODY.pack(family, 0, 0, 0, 0)
-        self._socket.send(_message(GET, REQUEST | DUMP, asked, body))
+        _sent(self._socket, READING, _message(GET, REQUEST | DUMP, asked, body))
         whole = True
         while True:
             # The kernel can be at the deletion of a device, and takes its time.
@@ -428,16 +427,15 @@ async def _send(
 ) -> dict[int, int]:
     """Send requests, and return the errno of each that failed, by its number."""
     last = len(requests) - 1
-    sock.send(
-        b"".join(
-            _message(kind, flags | REQUEST | (ACK if at == last else 0), at, body)
-            for at, (flags, body) in enumerate(requests)
-        )
+    messages = (
+        _message(kind, flags | REQUEST | (ACK if at == last else 0), at, body)
+        for at, (flags, body) in enumerate(requests)
     )
+    _sent(sock, CHANGING, b"".join(messages))
     refused: dict[int, int] = {}
     done = False
     while not done:
-        data = _received(sock, "changing entries")
+        data = _received(sock, CHANGING)
         for _, at, _ in _messages(data):
             *_, number, _, code = ANSWER.unpack_from(data, at)
             if code:
@@ -449,6 +447,13 @@ async def _send(
 
 def _message(kind: int, flags: int, number: int, body: bytes) -> bytes:
     return MESSAGE.pack(MESSAGE.size + len(body), kind, flags, number, 0) + body
+
+
+def _sent(sock: socket.socket, what: str, data: bytes) -> None:
+    try:
+        sock.send(data)
+    except OSError as error:
+        raise refusal(what, error.errno or errno.EIO) from error
 
 
 def _received(sock: socket.socket, what: str) -> bytes:

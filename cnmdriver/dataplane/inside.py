@@ -34,14 +34,14 @@ class Inside:
         """Start the thread, which inherits the caller's namespace, and move it."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=self._name)
         if self._descriptor is None:
-            await self.call(int)
+            await self.ask("starting a thread", int)
         else:
-            await self.call(enter, self._descriptor)
+            await self.ask(f"entering {self._name}", enter, self._descriptor)
 
     def close(self) -> None:
-        """End the thread; a second time does nothing."""
+        """End the thread when it is done; a second time does nothing."""
         if self._thread is not None:
-            self._thread.shutdown()
+            self._thread.shutdown(wait=False)
             self._thread = None
 
     def call(

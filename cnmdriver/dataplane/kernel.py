@@ -300,7 +300,8 @@ class Kernel:
         self, where: str, device: str, bindings: Iterable[tuple[IPAddress, str]]
     ) -> None:
         """Tell the ports of a bridge which MACs addresses have; raises KernelError."""
-        place = self._host if where == HOST else await self._places.get(where)
+        async with self._lock:
+            place = self._host if where == HOST else await self._places.get(where)
         if place is None:
             return
         what = f"announcing addresses on {device}"
@@ -321,16 +322,18 @@ class Kernel:
         sandbox: str,
         attachment: Attachment,
         addresses: tuple[IPInterface, ...],
+        mac: str,
         seat: Seat | None = None,
     ) -> str:
         """
         Give a sandbox the device it has lost; return the name it has there.
 
         One with a seat is made in its place by its plan, and lacks the way out only.
+        What broke off can be repeated.
         """
         async with self._lock:
             return await settled(
-                reattach(self._host.netlink, sandbox, attachment, addresses, seat)
+                reattach(self._host.netlink, sandbox, attachment, addresses, mac, seat)
             )
 
     async def inner(
@@ -521,7 +524,7 @@ class Kernel:
             crew.firewall.begin()
 
     async def _end(self) -> None:
-        for crew in self._crews.values():
+        for crew in list(self._crews.values()):
             await crew.firewall.end()
 
     async def _apply(

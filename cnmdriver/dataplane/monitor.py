@@ -58,7 +58,8 @@ class Ear:
 
     async def open(self, inside: Inside) -> None:
         """Open the sockets in the thread's namespace."""
-        self.sockets = await inside.call(opened, self.where == HOST)
+        what = "listening to the kernel"
+        self.sockets = await inside.ask(what, opened, self.where == HOST)
 
     def close(self) -> None:
         """Hear no more."""

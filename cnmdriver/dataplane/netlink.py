@@ -92,9 +92,13 @@ class Netlink:
 
     async def open(self) -> None:
         """Open the sockets, in the namespace of the thread."""
-        rtnetlink, self._names = await self._inside.call(_sockets)
+        what = "opening a netlink socket"
+        try:
+            rtnetlink, self._names = await self._inside.ask(what, _sockets)
+        except OSError as error:
+            raise refusal(what, error.errno or errno.EIO) from error
         self._socket = AsyncIPRoute(fileno=rtnetlink.detach())
-        await self._ask("opening a netlink socket", self._ip.setup_endpoint())
+        await self._ask(what, self._ip.setup_endpoint())
 
     async def close(self) -> None:
         """Close the sockets; a second time does nothing."""

@@ -14,6 +14,7 @@ import ctypes
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
 from typing import Any
@@ -50,7 +51,7 @@ class Nft:
     async def open(self) -> None:
         """Load the library."""
         try:
-            self._context = await self._inside.call(_Context)
+            self._context = await self._inside.ask(f"loading {LIBRARY}", _Context)
         except OSError as error:
             raise KernelError(
                 f"loading {LIBRARY} failed: {error}; install nftables"
@@ -58,9 +59,12 @@ class Nft:
 
     async def close(self) -> None:
         """Let go of the library; a second time does nothing."""
-        if self._context is not None:
-            await self._inside.call(self._context.free)
-            self._context = None
+        # Whoever comes after this must not find what is about to be freed.
+        context, self._context = self._context, None
+        if context is not None:
+            # One that hangs is left to itself.
+            with suppress(KernelError):
+                await self._inside.ask("letting go of the firewall", context.free)
 
     def start(self, text: str, *, flags: int = 0) -> Run:
         """Hand a transaction to the thread; several run in the order handed over."""

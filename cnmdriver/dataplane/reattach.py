@@ -24,42 +24,51 @@ async def reattach(
     sandbox: str,
     attachment: Attachment,
     addresses: tuple[IPInterface, ...],
+    mac: str,
     seat: Seat | None,
 ) -> str:
     """
     Move a new device into a sandbox and set it up; return its name there.
 
-    One that has its seat already is left as it is, but for the way out.
+    One that has its seat already is left as it is, but for the way out. One that was
+    moved before, by its MAC, is set up.
     """
     async with opened(sandbox) as place:
         inner = await place.netlink.link(seat.name) if seat is not None else None
         if inner is None:
-            return await _move(outer, place, attachment, addresses)
+            inner = await _moved(outer, place, attachment, mac)
+            await _set_up(place, inner, addresses)
         await _lead_out(place, inner, attachment)
         return inner.name
 
 
-async def _move(
-    outer: Netlink,
-    place: Place,
-    attachment: Attachment,
-    addresses: tuple[IPInterface, ...],
-) -> str:
+async def _moved(
+    outer: Netlink, place: Place, attachment: Attachment, mac: str
+) -> Link:
+    """Move a device into a sandbox, or find it there."""
     link = await outer.link(attachment.device)
     if link is None:
+        for each in await place.netlink.links():
+            if (each.kind, each.mac) == ("veth", mac):
+                return each
         raise KernelError(f"device {attachment.device} is not there")
     name = await _free_name(place.netlink, attachment.prefix)
     await outer.change(link, net_ns_fd=place.descriptor, ifname=name)
     inner = await place.netlink.link(name)
     if inner is None:
         raise KernelError(f"device {name} is not in the sandbox it was moved to")
+    return inner
+
+
+async def _set_up(
+    place: Place, inner: Link, addresses: tuple[IPInterface, ...]
+) -> None:
     six = any(address.version == 6 for address in addresses)
-    await place.inside.ask(f"setting up {name}", _allow_ipv6, name, six)
+    what = f"setting up {inner.name}"
+    await place.inside.ask(what, _allow_ipv6, inner.name, six)
     await place.netlink.change(inner, state="up")
     for address in addresses:
         await place.netlink.add_address(inner, address)
-    await _lead_out(place, inner, attachment)
-    return name
 
 
 async def _lead_out(place: Place, inner: Link, attachment: Attachment) -> None:

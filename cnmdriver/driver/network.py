@@ -461,7 +461,6 @@ class NetworkDriver:
         problems = []
         owed, self.owed = self.owed, set()
         for member in list(self.site.members()):
-            network = self.site.network(member)
             for endpoint in self.site.endpoints(member.network):
                 keys = {op.key for op in self.site.endpoint_plan(endpoint)}
                 if not keys & lost and endpoint.id not in owed:
@@ -471,23 +470,29 @@ class NetworkDriver:
                         self.owed.add(endpoint.id)
                     continue
                 try:
-                    given = attachment(network, member, endpoint)
-                    name = await self.site.dataplane.reattach(
-                        endpoint.sandbox,
-                        replace(given, device=devices.peer(endpoint.id)),
-                        endpoint.addresses,
-                        seats.seat(endpoint),
-                    )
-                    log.warning(
-                        "network.reattached", endpoint=endpoint.id[:12], device=name
-                    )
+                    await self.give(member, endpoint)
                 except DriverError as error:
+                    # Another time, if there still is what is to have it.
+                    if self.site.dataplane.has_sandbox(endpoint.sandbox):
+                        self.owed.add(endpoint.id)
                     problems.append(
                         f"container {self.site.name(endpoint.id)} has lost its device "
                         f"and got none: {error}; disconnect it from the network and "
                         "connect it again"
                     )
         return problems
+
+    async def give(self, member: Member, endpoint: Endpoint) -> None:
+        """Give a sandbox a device that it has lost; raises DriverError."""
+        given = attachment(self.site.network(member), member, endpoint)
+        name = await self.site.dataplane.reattach(
+            endpoint.sandbox,
+            replace(given, device=devices.peer(endpoint.id)),
+            endpoint.addresses,
+            endpoint.mac,
+            seats.seat(endpoint),
+        )
+        log.warning("network.reattached", endpoint=endpoint.id[:12], device=name)
 
     async def put(self, endpoint: Endpoint) -> None:
         """Write this host's own endpoint."""

@@ -106,12 +106,14 @@ class Dataplane(Protocol):
         sandbox: str,
         attachment: Attachment,
         addresses: tuple[IPInterface, ...],
+        mac: str,
         seat: Seat | None = None,
     ) -> str:
         """
         Give a sandbox the device it has lost; return the name it has there.
 
         One with a seat is made in its place by its plan, and lacks the way out only.
+        What broke off can be repeated.
         """
 
     async def inside(self, sandbox: str) -> frozenset[str]:

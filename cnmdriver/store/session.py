@@ -171,7 +171,6 @@ class Session:
         if not self.revision or self.lease is None:
             await self.open()
             return
-        await self.answer()
         sent, seen = clock(), self.revision
         try:
             await self.lease.keep()
@@ -182,6 +181,8 @@ class Session:
             await self.open()
             return
         self.deadline = sent + self.ttl
+        # With a lease that is over nobody can be answered.
+        await self.answer()
         if sent >= self.long_kept + min(self.keep / OFTEN, REKEPT):
             await self.keep_long()
 
@@ -214,6 +215,7 @@ class Session:
     async def knock(self, other: Alive) -> bool:
         """Ask who is alive as this host to say so; take the place if nobody does."""
         expect, found = await self.look()
+        now = expect
         log.info("session.knocking", instance=other.instance, boot=other.boot)
         knock = records.encode(Knock(instance=self.instance))
         await self.store.commit(Change(puts={records.knock(self.host): knock}))

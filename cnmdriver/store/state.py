@@ -485,9 +485,11 @@ class State:
             self.foresee(change)
         self.recollected = True
 
-    async def replay(self) -> None:
+    async def replay(self, *, once: bool = False) -> None:
         """
         Write what the store has yet to hear, and empty the outbox.
+
+        If only `once`, what is put off meanwhile waits for the next time.
 
         The outbox is for the next life; in this one the view knows each last word.
         """
@@ -509,6 +511,8 @@ class State:
                     left = self.view.ahead.keys()
                     self.unsaved = [c for c in self.unsaved if c.written() & left]
                     self.behind = bool(left)
+                if once:
+                    break
 
     async def repeat(self, words: Mapping[str, Word]) -> None:
         """Write what the store has yet to hear, until it surely has."""
@@ -633,8 +637,10 @@ class State:
             with contextlib.suppress(StoreError):
                 await self.settle()
         await self.read()
-        await self.replay()
+        await self.replay(once=True)
+        # What is put off until it is known to be back would put that off too.
         self.note(None)
+        await self.replay()
 
     def note(self, reason: str | None) -> None:
         """Remember, and log once, that the store went away or came back."""
@@ -656,7 +662,7 @@ class State:
             await asyncio.sleep(CALM)
 
     async def keep(self) -> None:
-        """Write the snapshot; what fails is tried again with the next change."""
+        """Write the snapshot; what fails is tried again after a while."""
         self.unkept.clear()
         if not self.store.shared:
             return
@@ -665,9 +671,19 @@ class State:
         try:
             await self.local.keep(self.items(keys), self.view.listed, facts)
         except StoreError as error:
-            for key in keys:
-                self.feed.add(key)
+            self.remind(keys)
             log.warning("snapshot.not_kept", error=str(error))
+            asyncio.get_running_loop().call_later(PAUSE, self.unkept.set)
+        except asyncio.CancelledError:
+            # It may never have come to its turn.
+            self.remind(keys)
+            self.unkept.set()
+            raise
+
+    def remind(self, keys: Iterable[str]) -> None:
+        """Have keys written with the next snapshot."""
+        for key in keys:
+            self.feed.add(key)
 
     def items(self, keys: Iterable[str]) -> dict[str, Item | None]:
         """Return what the view has under keys, as the store would."""

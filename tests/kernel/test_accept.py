@@ -315,3 +315,15 @@ async def test_rules_that_are_there_twice(kernel, kind):
     await kernel.clear((Accept(version=4),))
     await kernel.clear((Accept(version=4),))
     assert "pynet" not in run("iptables", "-w", "5", "-S")
+
+
+async def test_a_comment_of_two_lines(kernel, kind):
+    """What others wrote into the tables is read over, whatever it is."""
+    assert kind
+    comment = ("-m", "comment", "--comment", "one\ntwo's")
+    run("iptables", "-w", "5", "-I", "FORWARD", *comment, "-j", "ACCEPT")
+    plan = (Accept(version=4),)
+    await kernel.apply(plan)
+    assert not compare(plan, await kernel.found(plan))
+    await kernel.clear(plan)
+    assert "pynet" not in run("iptables", "-w", "5", "-S")

@@ -13,8 +13,9 @@ import pytest
 
 from cnmdriver.dataplane import pairs
 from cnmdriver.dataplane.kernel import Kernel
+from cnmdriver.dataplane.netlink import Netlink
 from cnmdriver.errors import Conflict, KernelError
-from cnmdriver.model import TCP
+from cnmdriver.model import TCP, Attachment
 from cnmdriver.plan import antispoof, devices, firewall, ops
 from cnmdriver.plan.ops import (
     Address,
@@ -395,6 +396,39 @@ async def test_far_end_in_a_sandbox(kernel):
     assert not compare(PLAN, await kernel.found(PLAN))
     assert indexes()[PORT] != index
     assert "eth7" not in links()
+
+
+async def test_a_device_that_a_sandbox_got_by_half(kernel, monkeypatch):
+    """
+    What broke off while a sandbox got a new device is finished by another try.
+
+    1. The device is moved into the sandbox, and no address can be added.
+    2. It is tried again.
+    Result: there is one device, under the same name, with its address, and up.
+    """
+    await kernel.apply(PLAN)
+    own = endpoint(NET, 2, *PORTS)
+    given = Attachment(device=PEER, prefix="eth")
+    words = (given, own.addresses, own.mac)
+    add = Netlink.add_address
+
+    async def refused(*_):
+        raise KernelError("too slow")
+
+    with namespace() as sandbox:
+        monkeypatch.setattr(Netlink, "add_address", refused)
+        with pytest.raises(KernelError, match="too slow"):
+            await kernel.reattach(sandbox.path, *words)
+        monkeypatch.setattr(Netlink, "add_address", add)
+        assert await kernel.reattach(sandbox.path, *words) == "eth0"
+        shown = json.loads(sandbox.run("ip", "-j", "addr", "show", "dev", "eth0"))[0]
+        have = {each["local"] for each in shown["addr_info"]}
+        assert have >= {str(address.ip) for address in own.addresses}
+        assert "UP" in shown["flags"]
+        with pytest.raises(KernelError, match=f"device {PEER} is not there"):
+            await kernel.reattach(
+                sandbox.path, given, own.addresses, "02:00:00:00:00:0f"
+            )
 
 
 async def test_remake_is_undone(kernel):

@@ -45,6 +45,7 @@ def meanwhile(lines: list[str], *enter: str, tool: str = "ip") -> Iterator[None]
     rival = subprocess.Popen(
         [*enter, "sh", "-c", LOOP, "\n".join(lines), tool],
         stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         start_new_session=True,
     )
     try:
@@ -52,7 +53,8 @@ def meanwhile(lines: list[str], *enter: str, tool: str = "ip") -> Iterator[None]
         assert rival.poll() is None
     finally:
         os.killpg(rival.pid, signal.SIGKILL)
-        rival.wait(10)
+        # The tool, too, has ended when nobody has the pipe any more.
+        rival.communicate(timeout=10)
 
 
 # News.

@@ -430,3 +430,19 @@ async def test_drops_are_counted(kernel):
     assert {kind: n for kind, n in counts.items() if n} == {"unknown_vtep": 3}
     assert set(counts) >= {"wrong_way", "spoofed_mac", "spoofed_arp", "spoofed_dhcp"}
     assert "mine" not in counts
+
+
+async def test_closing_amid_work(host):
+    """What comes while the library is let go of is refused; what was begun ends."""
+    inside = Inside("test")
+    await inside.open()
+    nft = Nft(inside)
+    await nft.open()
+    begun = nft.start("list ruleset")
+    closing = asyncio.create_task(nft.close())
+    await asyncio.sleep(0)
+    with pytest.raises(KernelError, match="before it was opened"):
+        nft.start("list ruleset")
+    await closing
+    assert (await begun)[0]
+    inside.close()

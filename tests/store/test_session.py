@@ -335,6 +335,32 @@ async def test_a_knock_is_answered_when_it_can_be(one):
     assert (after.revision > before.revision, one.session.knocks) == (True, set())
 
 
+async def test_a_lease_that_is_lost_with_a_knock(one):
+    """A knock that could not be answered keeps nobody from taking its place anew."""
+    one.session.hear(Knock(instance="other"))
+    await one.lose()
+    await one.session.turn()
+    assert not one.session.hidden
+    await one.session.turn()
+    assert one.session.knocks == set()
+
+
+async def test_who_was_in_the_way_is_gone_at_once(backend, one):
+    """A place that is free by the time of the knock is taken."""
+    other = await one.record("alive/one")
+    new = await sit(backend, "one", "another boot")
+    attempt = new.session.attempt
+
+    async def found_alive():
+        assert await attempt() == other
+        await one.lose()
+        return other
+
+    new.session.attempt = found_alive
+    await new.session.open()
+    assert (await new.record("alive/one")).boot == "another boot"
+
+
 async def test_the_long_lease_is_kept_rarely(one):
     """The long lease costs a round now and then, not each time."""
     before = one.session.long_kept

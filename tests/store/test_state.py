@@ -650,6 +650,69 @@ async def test_a_deferral_that_is_cancelled(one):
     assert await one.local.pending() == []
 
 
+async def test_a_snapshot_that_is_cancelled(one):
+    """What a cancelled writing of the snapshot was to write, the next one writes."""
+    keep, kept = one.local.keep, []
+
+    async def noted(changed, *rest):
+        kept.append(set(changed))
+        return await keep(changed, *rest)
+
+    async def stuck(*_):
+        await asyncio.sleep(60)
+
+    one.store.shared = True
+    one.local.keep = stuck
+    one.state.view.write(ADDRESS, records.encode(RESERVED), 7)
+    task = asyncio.create_task(one.state.keep())
+    await asyncio.sleep(0.01)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    one.local.keep = noted
+    assert one.state.unkept.is_set()
+    await one.state.keep()
+    assert ADDRESS in set().union(*kept)
+
+
+async def test_a_snapshot_that_is_refused(one, quick):
+    """What the disk refused is written when it takes writes, without further news."""
+    keep, refusals = one.local.keep, [1]
+
+    async def refused(changed, *rest):
+        if refusals:
+            refusals.pop()
+            raise StoreError("the disk is full")
+        return await keep(changed, *rest)
+
+    one.store.shared = True
+    one.local.keep = refused
+    one.state.view.write(ADDRESS, records.encode(RESERVED), 7)
+    await one.state.keep()
+    task = asyncio.create_task(one.state.remember())
+    async with asyncio.timeout(5):
+        while ADDRESS not in (await one.local.snapshot()).items:
+            await asyncio.sleep(0.01)
+    task.cancel()
+
+
+async def test_a_store_that_is_back_under_load(one, quick):
+    """A store is back although something is put off during each of its replays."""
+    keep = one.state.keep
+
+    async def another() -> None:
+        await keep()
+        if one.state.away is not None:
+            await one.state.defer(Change(deletes=frozenset({ADDRESS})))
+
+    one.state.keep = another
+    one.state.note("it is away")
+    await one.state.defer(Change(puts={"members/n/h": records.encode(MEMBER)}))
+    async with following(one):
+        await until(lambda: one.state.away is None)
+        await until(lambda: not one.state.behind)
+
+
 async def test_a_deferral_that_lasts_longer_than_the_absence(one):
     """What goes to the outbox as the store is back already is written at once."""
     async with following(one):

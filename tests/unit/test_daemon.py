@@ -1,6 +1,7 @@
 """The daemon: one at a time, its sockets, its files, its logs, its start and end."""
 
 import asyncio
+import errno
 import json
 import os
 import subprocess
@@ -407,6 +408,8 @@ async def test_a_loop_that_is_refused_begins_anew(short, monkeypatch, together):
         async def refused() -> None:
             nonlocal begun
             begun += 1
+            if begun == 1 and together:
+                raise OSError(errno.EMFILE, "too many open files")
             if begun == 1:
                 raise KernelError("the kernel did not answer within 2 s")
             stop.set()

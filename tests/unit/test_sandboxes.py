@@ -8,10 +8,12 @@ import pytest
 
 from cnmdriver.driver import sandboxes
 from cnmdriver.driver.sandboxes import Sandboxes
+from cnmdriver.errors import KernelError
 from cnmdriver.model import Endpoint
 from cnmdriver.plan import devices
 from cnmdriver.plan.ops import Veth
 from tests.fakes import rig
+from tests.unit.calls import Docker
 
 ID, KEY = "e" * 64, "/run/netns/box"
 JOINED = Endpoint(
@@ -39,6 +41,13 @@ async def parts(tmp_path):
     async with rig(tmp_path) as built:
         built.kernel.dead.add(KEY)
         yield built
+
+
+@pytest.fixture
+async def docker(tmp_path):
+    """Build a driver, with Docker's side of it."""
+    async with rig(tmp_path) as built:
+        yield Docker(built)
 
 
 @pytest.fixture
@@ -105,3 +114,24 @@ async def test_left(known):
     known.left(JOINED)
     known.left(JOINED)
     assert await known.is_gone(JOINED)
+
+
+async def test_a_device_that_was_refused_is_given_later(docker, monkeypatch):
+    """A sandbox that could not get its new device gets it another time."""
+    networks, kernel = docker.rig.networks, docker.rig.kernel
+    monkeypatch.setattr(sandboxes, "STARTING", 0.0)
+    await docker.create("n" * 64, "10.1.0.0/24")
+    await docker.start(ID, "n" * 64)
+    (pair,) = (key for key, op in kernel.ops.items() if isinstance(op, Veth))
+    reattach = kernel.reattach
+
+    async def refused(*_):
+        raise KernelError("the kernel did not answer within 2 s")
+
+    kernel.reattach = refused
+    (said,) = await networks.reattach(frozenset({pair}))
+    assert "has lost its device and got none: the kernel did not answer" in said
+    kernel.reattach = reattach
+    assert await networks.reattach(frozenset()) == []
+    assert len(kernel.reattached) == 1
+    assert networks.owed == set()

@@ -172,6 +172,10 @@ class Client:
             raise FaultError(Fault(verdict=Verdict.NEXT, text=text)) from None
         except grpc.aio.AioRpcError as error:
             raise FaultError(judge(error, self.options)) from None
+        except grpc.aio.UsageError:
+            # New certificates were read, and the channel closed, before the call began.
+            text = "the connection to it was closed"
+            raise FaultError(Fault(verdict=Verdict.NEXT, text=text)) from None
         except asyncio.CancelledError:
             # A call on a channel that is closed says that it was cancelled.
             if cancelling():

@@ -52,12 +52,16 @@ def authorities(options: Options) -> Path | None:
 def stamp(options: Options) -> Stamp:
     """Return what changes when a file is written or replaced; cheap."""
     paths = (authorities(options), options.cert, options.key)
-    return tuple(
-        (found.st_ino, found.st_mtime_ns, found.st_size)
-        if path and path.exists() and (found := path.stat())
-        else (0, 0, 0)
-        for path in paths
-    )
+    return tuple(map(identity, paths))
+
+
+def identity(path: Path | None) -> tuple[int, int, int]:
+    """Return what changes with a file, zeros if there is none."""
+    try:
+        found = path.stat() if path else None
+    except OSError:
+        found = None
+    return (found.st_ino, found.st_mtime_ns, found.st_size) if found else (0, 0, 0)
 
 
 def read(options: Options) -> Material:
@@ -126,7 +130,10 @@ def check_dates(path: Path, pem: bytes) -> None:
     text = pem.decode("ascii", "replace")
     start = text.find(ssl.PEM_HEADER)
     end = text.find(ssl.PEM_FOOTER, start) + len(ssl.PEM_FOOTER)
-    begins, ends = dates(ssl.PEM_cert_to_DER_cert(text[start:end]))
+    try:
+        begins, ends = dates(ssl.PEM_cert_to_DER_cert(text[start:end]))
+    except (ValueError, LookupError) as error:
+        raise StoreError(f"cannot read the certificate {path}: {error}") from None
     now = datetime.now(UTC)
     if now > ends:
         raise StoreError(f"the certificate {path} expired on {ends:%Y-%m-%d %H:%M} UTC")

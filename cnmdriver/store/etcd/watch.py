@@ -121,6 +121,8 @@ class Watch:
             raise lost("it did not take a connection in time") from None
         except grpc.aio.AioRpcError as error:
             raise FaultError(judge(error, self.client.options)) from None
+        except grpc.aio.UsageError:
+            raise lost("the connection to it was closed") from None
         await self.check(response)
         self.lost_at = None
         return response
