@@ -8,6 +8,7 @@ and deletes in a loop what the test names.
 import asyncio
 import contextlib
 import os
+import select
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -42,19 +43,23 @@ LOOP = 'while :; do printf "%s\\n" "$0"; done | "$@" -force -batch - >&- 2>&-'
 @contextmanager
 def meanwhile(lines: list[str], *enter: str, tool: str = "ip") -> Iterator[None]:
     """Let another process do lines of `ip -batch` again and again."""
+    ended, alive = os.pipe()
     rival = subprocess.Popen(
         [*enter, "sh", "-c", LOOP, "\n".join(lines), tool],
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
         start_new_session=True,
+        pass_fds=(alive,),
     )
+    os.close(alive)
     try:
         yield
         assert rival.poll() is None
     finally:
         os.killpg(rival.pid, signal.SIGKILL)
-        # The tool, too, has ended when nobody has the pipe any more.
-        rival.communicate(timeout=10)
+        rival.wait(10)
+        # The tool may yet be in the kernel; then it still has the pipe.
+        assert select.select([ended], [], [], 10)[0]
+        os.close(ended)
 
 
 # News.
