@@ -1,9 +1,11 @@
 """
 What Docker's users wait for: connect, disconnect, run, networks, ports.
 
-Beside the drivers stands one that does nothing: what it takes is Docker's own part.
+Beside the drivers stands one that does nothing: what it takes is Docker's own part. So
+is what Docker does with a pair that it moves.
 """
 
+import random
 import sys
 import time
 from collections import Counter
@@ -17,20 +19,21 @@ from tests.bench.measure import Line, row
 AT_ONCE = 20
 BRIDGE, MOVED, PYNET = "Docker's bridge", "pynet, attach=moved", "pynet"
 SWARM, CLOSED = "swarm's overlay", "pynet with gwbridge"
-NOTHING = "one that does nothing"
+NOTHING, PAIR = "one that does nothing", "one with a bare pair"
 
 
 @contextmanager
-def nothing(docker: Docker) -> Iterator[str]:
-    """Have a driver that does nothing, and return its name."""
-    socket = "/run/docker/plugins/nothing.sock"
+def nothing(docker: Docker, *words: str) -> Iterator[str]:
+    """Have a driver that does nothing, or `pair` alone, and return its name."""
+    name = "-".join(("nothing", *words))
+    socket = f"/run/docker/plugins/{name}.sock"
     host = docker.host
-    program = host.popen(sys.executable, "-m", "tests.bench.nothing", socket)
+    program = host.popen(sys.executable, "-m", "tests.bench.nothing", socket, *words)
     try:
         assert program.stdout is not None
         if program.stdout.readline().strip() != "ready":
             raise RuntimeError(f"the driver that does nothing: {program.communicate()}")
-        yield "nothing"
+        yield name
     finally:
         program.terminate()
         program.communicate()
@@ -192,14 +195,16 @@ def share_of_run(
     """Measure what a network adds to the start of a container, against none."""
     line = Line(name=name)
     took = Line(name="")
+    columns = [("none", "none"), *networks.items()]
     for turn in range(-1, rounds):
-        for column, network in {"none": "none", **networks}.items():
+        # Each comes after each: what the kernel has yet to do of one is not another's.
+        for column, network in random.sample(columns, len(columns)):
             made = docker.create(network)
             with took.timed(column):
                 docker.start(made)
             docker.remove(made)
             # What one leaves to do afterwards is no part of the next one's time.
-            time.sleep(0.1)
+            time.sleep(0.2)
         if turn < 0:
             took.columns.clear()
     none = took.middle("none")
@@ -213,7 +218,12 @@ def run_bridge(context: Context) -> list[Line]:
     """Measure a network's share of `docker run`."""
     docker = context.alone()
     name = "network's share of docker run"
-    with bridges(docker) as networks:
+    with (
+        bridges(docker) as networks,
+        nothing(docker, "pair") as idle,
+        docker.network(idle, "10.235.0.0/24") as bare,
+    ):
+        networks[PAIR] = bare
         line = share_of_run(docker, networks, context.rounds, name)
     line.against, line.target = BRIDGE, "≤ 0.95 (20.10), ≤ 0.8 (29)"
     return [line]
